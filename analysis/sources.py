@@ -1,0 +1,251 @@
+"""Where records come from: a run folder, an Optuna storage, or JSON lines."""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftscape.analysis.front import Objective, ObjectiveError, parse_objectives
+from peftscape.spaces.record import COSTS, Failure, Record, RecordError, Score, State
+
+RETEST = ".retest"
+"""The study of a study's retests is called by its name with this at the end."""
+
+
+class SourceError(ValueError):
+    """A source that cannot be read; the message says what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Records with what is needed to repeat them.
+
+    `source` is what `load` was given, fit to be shown (no password); `elapsed_s` the time from the first
+    trial's start to the last trial's end, pauses included; `notes` what was odd in the source.
+    """
+
+    name: str
+    source: str
+    records: tuple[Record, ...]
+    objectives: tuple[Objective, ...]
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    environment: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    elapsed_s: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quality(self) -> Objective:
+        """The objective that is a metric: the first that is not a cost, else the records' own metric."""
+        named = [objective for objective in self.objectives if objective.name not in COSTS]
+        return named[0] if named else _default_objectives(self.records)[0]
+
+
+def load(source: str | Path, *, name: str | None = None) -> Study:
+    """The study in a run folder (with `study.db`), an Optuna storage (URL or `.db` file) or JSON lines.
+
+    In an Optuna storage a trial's record is the JSON in its user attribute `record`; a trial without one is
+    listed with the state that Optuna knows, but for those that wait to be started. Retests are the trials of
+    the study NAME.retest, each with the user attribute `retest`. The study's user attributes `config`,
+    `environment` and `objectives` are read where they are.
+
+    Args:
+        name: which study, where a storage holds several.
+
+    Raises:
+        SourceError: if the source does not exist, holds no or several studies, or a record is not valid.
+    """
+    text = str(source)
+    if "://" in text:
+        return _load_storage(text, name, shown=_masked(text))
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "study.db").is_file():
+            raise SourceError(f"{path}: expected a run folder with study.db, which is not there")
+        return _load_storage(f"sqlite:///{path / 'study.db'}", name, shown=text)
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file or folder")
+    with path.open("rb") as file:
+        is_sqlite = file.read(16).startswith(b"SQLite format 3")
+    return _load_storage(f"sqlite:///{path}", name, shown=text) if is_sqlite else _load_lines(path)
+
+
+def from_optuna(study: Any, retests: Any = None, *, source: str = "") -> Study:
+    """The study in an `optuna.Study`, with the `optuna.Study` of its retests.
+
+    Raises:
+        SourceError: if a record is not valid.
+    """
+    notes: list[str] = []
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
+    attrs = study.user_attrs
+    records: dict[int, Record] = {}
+    errors: list[str] = []
+    for trial in trials:
+        try:
+            records[trial.number] = _record(trial, study)
+        except RecordError as error:
+            errors.append(f"trial {trial.number}: {error}")
+    if errors:
+        raise SourceError(_several(study.study_name, errors))
+    if retests is not None:
+        _add_retests(records, retests.get_trials(deepcopy=False), notes)
+    starts = [trial.datetime_start for trial in trials if trial.datetime_start]
+    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
+    ordered = tuple(records.values())
+    return Study(
+        name=study.study_name,
+        source=source or study.study_name,
+        records=ordered,
+        objectives=_objectives(attrs, ordered),
+        config=attrs.get("config", {}),
+        environment=attrs.get("environment", {}),
+        elapsed_s=(max(ends) - min(starts)).total_seconds() if starts and ends else None,
+        notes=tuple(notes),
+    )
+
+
+def _load_storage(url: str, name: str | None, *, shown: str) -> Study:
+    import optuna
+    from optuna.storages import RDBStorage
+
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():  # Optuna would make an empty database there
+        raise SourceError(f"{shown}: no such file")
+    storage = RDBStorage(url)
+    try:
+        names = [found for found in optuna.get_all_study_names(storage) if not found.endswith(RETEST)]
+        if name not in names and (name or len(names) != 1):
+            what = f'no study "{name}"' if name else "expected one study, or the name of one"
+            raise SourceError(f"{shown}: {what}; it holds {', '.join(names) or 'none'}")
+        name = name or names[0]
+        study = optuna.load_study(study_name=name, storage=storage)
+        has_retests = name + RETEST in optuna.get_all_study_names(storage)
+        retests = optuna.load_study(study_name=name + RETEST, storage=storage) if has_retests else None
+        return from_optuna(study, retests, source=shown)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _load_lines(path: Path) -> Study:
+    records: list[Record] = []
+    errors: list[str] = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            if line.strip():
+                records.append(Record.from_json(json.loads(line)))
+        except (RecordError, json.JSONDecodeError, AttributeError) as error:
+            errors.append(f"line {i}: {error}")
+    twice = sorted(number for number, n in Counter(record.number for record in records).items() if n > 1)
+    errors += [f"two records have number {number}" for number in twice]
+    if errors:
+        raise SourceError(_several(str(path), errors))
+    ordered = tuple(records)
+    return Study(name=path.stem, source=str(path), records=ordered, objectives=_default_objectives(ordered))
+
+
+_STATES: dict[str, State] = {"RUNNING": "running", "PRUNED": "pruned", "FAIL": "failed", "COMPLETE": "failed"}
+
+
+def _record(trial: Any, study: Any) -> Record:
+    """The trial's record, or one that says that it has none."""
+    data = trial.user_attrs.get("record")
+    if data is not None:
+        return Record.from_json(data)
+    state = _STATES[trial.state.name]
+    message = "Optuna calls it complete, but it has no record" if trial.state.name == "COMPLETE" else ""
+    message = message or str(trial.system_attrs.get("fail_reason") or "it ended without a record")
+    first = _metric(study)
+    return Record(
+        number=trial.number,
+        state=state,
+        design={},
+        digest="",
+        label=f"trial {trial.number}",
+        metric=first.name,
+        direction=first.direction,
+        n_validation=0,
+        scores=(),
+        costs=None,
+        wall_s=trial.duration.total_seconds() if trial.duration else 0.0,
+        failure=Failure(kind="no record", message=message) if state == "failed" else None,
+    )
+
+
+def _metric(study: Any) -> Objective:
+    """The metric of a study's trials, as far as the study says it."""
+    for objective in _objectives(study.user_attrs, ()):
+        if objective.name not in COSTS:
+            return objective
+    return Objective("score", "maximize")
+
+
+def _add_retests(records: dict[int, Record], trials: Sequence[Any], notes: list[str]) -> None:
+    """Gives each record the scores of its finished retests; says which could not be used."""
+    scores: dict[int, list[Score]] = {}
+    unfinished = 0
+    for trial in trials:
+        retest = trial.user_attrs.get("retest")
+        if retest is None:
+            unfinished += trial.state.name != "WAITING"
+            continue
+        of = retest.get("of")
+        if not {"seed", "validation"} <= retest.keys():
+            notes.append(f"a retest of trial {of} lacks its seed or score, and was left out")
+            continue
+        score = Score(**{key: value for key, value in retest.items() if key in _SCORE})
+        values = [value for value in (score.validation, score.test) if value is not None]
+        if of not in records:
+            notes.append(f"a retest of trial {of}, which is not in the study, was left out")
+        elif not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            notes.append(f"the retest of trial {of} with seed {score.seed} gave no finite score")
+        elif any(score.seed == other.seed for other in scores.get(of, ())):
+            notes.append(f"trial {of} was retested twice with seed {score.seed}; the first counts")
+        else:
+            scores.setdefault(of, []).append(score)
+    if unfinished:
+        notes.append(f"{unfinished} retests are running or failed, and are not counted")
+    for number, found in scores.items():
+        own = records[number]
+        retests = (*own.retests, *sorted(found, key=lambda score: score.seed))
+        records[number] = dataclasses.replace(own, retests=retests)
+
+
+_SCORE = {f.name for f in dataclasses.fields(Score)}
+
+
+def _objectives(attrs: Mapping[str, Any], records: Sequence[Record]) -> tuple[Objective, ...]:
+    """What the study says its objectives are: text, or pairs of name and direction; else the default."""
+    given = attrs.get("objectives") or dict(attrs.get("config") or {}).get("objectives")
+    if isinstance(given, Mapping):
+        given = list(given.items())
+    if isinstance(given, (list, tuple)) and given:
+        given = ",".join(part if isinstance(part, str) else ":".join(map(str, part)) for part in given)
+    if isinstance(given, str) and given:
+        try:
+            return parse_objectives(given)
+        except ObjectiveError as error:
+            raise SourceError(f"the study's {error}") from None
+    return _default_objectives(records) if records else ()
+
+
+def _default_objectives(records: Sequence[Record]) -> tuple[Objective, ...]:
+    """The metric of the records against trained parameters."""
+    scored = [record for record in records if record.scores] or list(records)
+    metric = (scored[0].metric, scored[0].direction) if scored else ("score", "maximize")
+    return (Objective(*metric), Objective("trainable", "minimize"))
+
+
+def _several(where: str, errors: Sequence[str]) -> str:
+    more = [f"... and {len(errors) - 10} more"] if len(errors) > 10 else []
+    return "\n  ".join([f"{where}: {len(errors)} errors", *errors[:10], *more])
+
+
+def _masked(url: str) -> str:
+    """The URL without its password: reports are shown to others."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

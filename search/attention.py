@@ -1,0 +1,190 @@
+"""Attention of lanes: packed tokens in, each example attending to itself and to its lane's prefix.
+
+Registered with transformers' `AttentionInterface` under the name `peftscape`; a model whose attention does not go
+through that interface never calls it, and `calls` shows that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftscape.search.packing import Batch, LengthClass
+
+NAME = "peftscape"
+
+
+@dataclass
+class Prefix:
+    """Keys and values that a group of lanes adds in one layer: lanes x length x d_kv, `lengths` of each lane."""
+
+    lanes: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+
+@dataclass
+class Attending:
+    """What the attention of one forward pass has to know; set by the cohort, read by the modules of its backbone."""
+
+    batch: Batch | None = None
+    causal: bool = False
+    prefixes: dict[int, list[Prefix]] = field(default_factory=dict)  # by layer
+    calls: dict[int, int] = field(default_factory=dict)  # by layer
+
+
+def register() -> None:
+    """Make `peftscape` a name that transformers' models accept as their attention."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """softmax(Q [P_k; K]^T s) [P_v; V] for every example of every lane.
+
+    Args:
+        query: lanes x heads x tokens x head_dim; key and value may have fewer heads (grouped queries).
+    Returns:
+        lanes x tokens x heads x head_dim, and no weights.
+    """
+    run: Attending = module.peftscape_attending  # type: ignore[assignment]
+    layer: int = module.peftscape_layer  # type: ignore[assignment]
+    run.calls[layer] = run.calls.get(layer, 0) + 1
+    if more.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks (s_aux) are not supported")
+    batch = run.batch
+    if batch is None:  # the probe that looks whether this function is called at all
+        return torch.zeros_like(query).transpose(1, 2), None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (_to_rows(t, batch) for t in (query, key, value))
+    sizes = [len(c.rows) * c.length for c in batch.classes]
+    outputs = [
+        _attend_class(c, *parts, run=run, layer=layer, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
+        for c, *parts in zip(
+            batch.classes, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        )
+    ]
+    rows = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    lanes, heads, tokens, width = query.shape
+    flat = _Move.apply(rows, batch.slots, batch.tokens, lanes * tokens)
+    return flat.view(lanes, tokens, heads, width), None
+
+
+class _Move(torch.autograd.Function):
+    """out[to] = x[from], zeros elsewhere. One to one, so that the backward is a move as well, not an addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(source, target)
+        ctx.rows = len(x)
+        return x.new_zeros(size, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        source, target = ctx.saved_tensors
+        (grad,) = grads
+        zeros = grad.new_zeros(ctx.rows, grad.shape[1])
+        return zeros.index_copy_(0, source, grad.index_select(0, target)), None, None, None
+
+
+def _to_rows(x: Tensor, batch: Batch) -> Tensor:
+    """lanes x heads x tokens x head_dim to slots x heads x head_dim."""
+    lanes, heads, tokens, width = x.shape
+    flat = x.transpose(1, 2).reshape(lanes * tokens, heads * width)
+    moved: Tensor = _Move.apply(flat, batch.tokens, batch.slots, batch.row_slots)
+    return moved.view(-1, heads, width)
+
+
+def _attend_class(
+    rows: LengthClass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    run: Attending,
+    layer: int,
+    scale: float,
+    more: dict[str, Any],
+) -> Tensor:
+    q, k, v = (t.view(len(rows.rows), rows.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    allowed = rows.valid[:, None, None, :]
+    if run.causal:
+        place = torch.arange(rows.length)
+        near = place[:, None] >= place
+        if more.get("sliding_window"):
+            near &= place[:, None] - place < more["sliding_window"]
+        allowed = allowed & near
+    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
+    softcap = more.get("softcap")
+
+    pieces: list[tuple[Tensor | slice, Tensor]] = []
+    rest = tuple(sorted({int(g) for g in rows.lanes}))
+    for prefix in run.prefixes.get(layer, []):
+        mine = rows.of(prefix.lanes)
+        rest = tuple(g for g in rest if g not in prefix.lanes)
+        if isinstance(mine, Tensor) and not len(mine):
+            continue
+        which = torch.tensor([prefix.lanes.index(int(g)) for g in rows.lanes[_numpy(mine)]], dtype=torch.long)
+        pk, pv, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
+        own = bias[mine].expand(-1, -1, rows.length, -1)
+        full = torch.cat([hidden.expand(-1, -1, rows.length, -1), own], dim=-1)
+        keys, values = torch.cat([pk, k[mine]], dim=2), torch.cat([pv, v[mine]], dim=2)
+        pieces.append((mine, _softmax_attention(q[mine], keys, values, full, scale, softcap)))
+    if not pieces:
+        return _softmax_attention(q, k, v, bias, scale, softcap)
+    if rest:
+        mine = rows.of(rest)
+        pieces.append((mine, _softmax_attention(q[mine], k[mine], v[mine], bias[mine], scale, softcap)))
+    return _assemble(pieces, len(rows.rows))
+
+
+def _prefix_rows(prefix: Prefix, which: Tensor, kv_heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The lanes' prefixes for their rows (rows x kv heads x length x head_dim), and what hides the padding."""
+    length = prefix.keys.shape[1]
+    split = [t.view(len(prefix.lanes), length, kv_heads, width).transpose(1, 2) for t in (prefix.keys, prefix.values)]
+    inside = torch.arange(length) < prefix.lengths[:, None]
+    low = torch.finfo(prefix.keys.dtype).min
+    hidden = torch.zeros((), dtype=prefix.keys.dtype).where(inside, low)[:, None, None, :]
+    return split[0][which], split[1][which], hidden[which]
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """rows x heads x length x head_dim in, rows x length x heads x head_dim out.
+
+    Written out because torch's fused CPU attention is pathologically slow backward in bfloat16 (see DESIGN leads).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(q * scale, k.transpose(2, 3))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores + bias, dim=-1)
+    return torch.matmul(weights, v).transpose(1, 2)
+
+
+def _assemble(pieces: list[tuple[Tensor | slice, Tensor]], rows: int) -> Tensor:
+    """Put the groups' rows back in order."""
+    order = torch.cat([torch.arange(rows)[mine] for mine, _ in pieces])
+    return torch.cat([out for _, out in pieces]).index_select(0, torch.argsort(order))
+
+
+def _numpy(rows: Tensor | slice) -> Any:
+    return rows if isinstance(rows, slice) else rows.numpy()

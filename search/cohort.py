@@ -1,0 +1,255 @@
+"""A cohort: the lanes that share a training step on one frozen backbone.
+
+One step, from top to bottom: every lane names its next examples; they are packed into one input; the frozen model
+runs once over all of them while hooks let each group of lanes adapt its sites; each lane's loss gives gradients to
+its own tensors alone; each lane clips and updates itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from peftscape.search.attention import Prefix
+from peftscape.search.groups import Group, groups_by_site, on_lanes, put_lanes
+from peftscape.search.lane import HEAD, Lane
+from peftscape.search.packing import Batch, LaneBatch, pack
+from peftscape.spaces.record import Failure
+
+if TYPE_CHECKING:
+    from peftscape.search.backbone import Backbone
+    from peftscape.search.head import Head
+    from peftscape.search.task import EncodedSplit
+
+# Evaluation has no backward to keep activations for; this many sequences at once keep two cores busy.
+EVALUATION_ROWS = 512
+
+
+class Cohort:
+    """Lanes on one backbone. A lane may come or go between any two steps.
+
+    Args:
+        backbone, head: shared by all lanes; nothing of them changes.
+        train: the examples lanes learn from.
+        batch_size: examples of a lane in a step, the same for all lanes.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, train: EncodedSplit, *, batch_size: int, regression: bool = False
+    ) -> None:
+        self.backbone, self.head, self.train = backbone, head, train
+        self.batch_size, self.regression = batch_size, regression
+        self.lanes: list[Lane] = []
+        self._groups: list[Group] = []
+        self._hooks: list[RemovableHandle] = []
+        self._inputs: dict[str, Tensor] = {}
+
+    def admit(self, *lanes: Lane) -> None:
+        """Take lanes in."""
+        self._arrange([*self.lanes, *lanes])
+
+    def retire(self, *lanes: Lane) -> None:
+        """Let lanes go; they keep their parameters and optimiser and may come back."""
+        gone = {id(lane) for lane in lanes}
+        self._arrange([lane for lane in self.lanes if id(lane) not in gone])
+
+    def step(self) -> list[float]:
+        """Train every lane for one step; its loss in the order of `lanes`. A lane whose loss is not finite fails."""
+        started = time.perf_counter()
+        examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
+        targets = torch.from_numpy(self.train.targets[np.stack(examples)])
+        losses = self._losses(self.logits(examples, self.train), targets)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        values: list[float] = losses.detach().tolist()
+        share = (time.perf_counter() - started) / len(self.lanes)
+        for lane, loss in zip(self.lanes, values, strict=True):
+            if np.isfinite(loss):
+                lane.losses.append(loss)
+                lane.update()
+            else:
+                lane.failure = Failure(kind="not finite", message=f"the loss is {loss}", step=lane.step)
+                lane.optimizer.zero_grad()
+            lane.wall_s += share
+        return values
+
+    def logits(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Tensor:
+        """lanes x examples x outputs: every lane's logits for its own examples."""
+        batch = pack(
+            [
+                LaneBatch(e, lane.design.prompt_length(), lane.design.position_shift())
+                for lane, e in zip(self.lanes, examples, strict=True)
+            ],
+            split,
+            self.backbone.sites,
+            padded=not self.backbone.sites.attention_interface,
+        )
+        states = self._forward(batch)
+        names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
+        params = {
+            key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names
+        }
+        # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
+        return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
+
+    @torch.no_grad()
+    def predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
+        """Logits of every lane on a whole split: lanes x examples x outputs."""
+        order = np.argsort([len(ids) for ids in split.ids], kind="stable")
+        count = max(1, EVALUATION_ROWS // len(self.lanes))
+        parts = [
+            self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)
+        ]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().numpy()[:, back]
+        return out
+
+    def close(self) -> None:
+        """Take all hooks off the backbone."""
+        self._arrange([])
+
+    # -- the forward pass -------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """The last hidden states of all tokens, flat."""
+        model, attending = self.backbone.model, self.backbone.attending
+        inputs: dict[str, Any] = {"position_ids": batch.positions}
+        if batch.types is not None:
+            inputs["token_type_ids"] = batch.types
+        if batch.mask is not None:
+            inputs["attention_mask"] = batch.mask
+        if self.backbone.sites.causal:
+            inputs["use_cache"] = False
+        prompts = [g for g in self._groups if g.site.kind == "input"]
+        if prompts:
+            inputs["inputs_embeds"] = self._with_prompts(prompts, batch)
+        else:
+            inputs["input_ids"] = batch.ids
+        attending.batch, attending.prefixes = batch, self._prefixes()
+        try:
+            out = self._call(model, inputs)
+        finally:
+            attending.batch, attending.prefixes = None, {}
+            self._inputs.clear()
+        states: Tensor = out.last_hidden_state
+        return states.reshape(-1, states.shape[-1])
+
+    def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        whole = [g for g in self._groups if g.site.kind == "model"]
+        if not whole:
+            return model(**inputs)
+        delta, weights, start = whole[0].tensors["delta"][0].to(self.backbone.dtype), {}, 0
+        for name, weight in model.named_parameters():
+            weights[name] = weight + delta[start : start + weight.numel()].view(weight.shape)
+            start += weight.numel()
+        return torch.func.functional_call(model, weights, (), inputs)
+
+    def _with_prompts(self, groups: list[Group], batch: Batch) -> Tensor:
+        """The embedded tokens with each lane's virtual tokens in their places."""
+        embedded: Tensor = self.backbone.embedding(batch.ids)
+        flat = embedded.reshape(-1, embedded.shape[-1])
+        used = [0] * len(self.lanes)
+        for group in groups:
+            vectors = group.method.virtual_tokens(group.values(self.backbone.dtype))
+            for i, lane in enumerate(group.lanes):
+                places = batch.prompts[lane]
+                assert places is not None
+                length = len(group.tensors["prompt"][i])
+                mine = places[:, used[lane] : used[lane] + length]
+                used[lane] += length
+                rows = vectors[i, :length].repeat(len(mine), 1)
+                flat = flat.index_copy(0, mine.reshape(-1), rows)
+        return flat.view_as(embedded)
+
+    def _prefixes(self) -> dict[int, list[Prefix]]:
+        prefixes: dict[int, list[Prefix]] = {}
+        for group in self._groups:
+            if group.site.kind == "kv":
+                keys, values = group.method.prefix(group.values(self.backbone.dtype))
+                lengths = torch.tensor([len(t) for t in group.tensors["keys"]])
+                prefixes.setdefault(group.site.layer, []).append(Prefix(group.lanes, keys, values, lengths))
+        return prefixes
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of each lane."""
+        if self.regression:
+            return (logits[..., 0] - targets).square().mean(dim=1)
+        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return flat.view_as(targets).mean(dim=1)
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _arrange(self, lanes: list[Lane]) -> None:
+        """Set the cohort's lanes: like designs side by side, so that most groups are views; hooks where they adapt."""
+        self.lanes = sorted(lanes, key=lambda lane: lane.design.label)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        backbone = self.backbone
+        self._groups = groups_by_site(self.lanes, backbone.sites, backbone.dtype, backbone.device)
+        inputs: dict[str, list[Group]] = {}
+        outputs: dict[str, list[Group]] = {}
+        for group in self._groups:
+            if group.site.kind in ("kv", "input", "model"):
+                continue
+            before = group.method.side(group.site) == "input"
+            (inputs if before else outputs).setdefault(group.site.path, []).append(group)
+        for path, groups in inputs.items():
+            self._hooks.append(self._module(path).register_forward_pre_hook(self._change_input(groups)))
+        sources = {g.site.source for groups in outputs.values() for g in groups if g.site.source}
+        for source in sources:
+            hook = self._module(source).register_forward_pre_hook(self._keep_input(source), with_kwargs=True)
+            self._hooks.append(hook)
+        for path, groups in outputs.items():
+            self._hooks.append(self._module(path).register_forward_hook(self._change_output(groups)))
+
+    def _module(self, path: str) -> nn.Module:
+        return self.backbone.model.get_submodule(path)
+
+    def _keep_input(self, source: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inputs[source] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _change_input(self, groups: list[Group]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = self._by_lane(args[0])
+            for group in groups:
+                values = group.values(self.backbone.dtype)
+                x = put_lanes(x, group.method.apply_input(values, on_lanes(x, group.lanes)), group.lanes)
+            return (x.view(args[0].shape), *args[1:])
+
+        return hook
+
+    def _change_output(self, groups: list[Group]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            y = self._by_lane(first)
+            for group in groups:
+                read = self._inputs[group.site.source] if group.site.source else args[0]
+                x = on_lanes(self._by_lane(read), group.lanes)
+                y = self._adapt(group, x, y)
+            y = y.view(first.shape)
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        return hook
+
+    def _adapt(self, group: Group, x: Tensor, y: Tensor) -> Tensor:
+        values = group.values(self.backbone.dtype)
+        if group.site.span is None:
+            return put_lanes(y, group.method.apply(values, x, on_lanes(y, group.lanes)), group.lanes)
+        start, stop = group.site.span  # this site's columns of a fused linear
+        mine = on_lanes(y, group.lanes)
+        new = group.method.apply(values, x, mine[..., start:stop])
+        return put_lanes(y, torch.cat([mine[..., :start], new, mine[..., stop:]], dim=-1), group.lanes)
+
+    def _by_lane(self, x: Tensor) -> Tensor:
+        """lanes x tokens x width, whatever the layout."""
+        return x.reshape(len(self.lanes), -1, x.shape[-1])

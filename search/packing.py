@@ -1,0 +1,184 @@
+"""How the batches of many lanes become one input: sequences packed end to end, one row of tokens a lane.
+
+Frozen linears then see lanes x tokens without padding to the longest text; attention alone works on padded rows,
+sorted into length classes. Lanes may be at different steps, with prompts of different lengths, at no cost to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peftscape.search.task import EncodedSplit
+    from peftscape.spaces.sites import SiteMap
+
+# Rows are padded to the smallest of these that holds them; longer ones to a multiple of the last.
+LENGTH_CLASSES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class LaneBatch:
+    """What one lane reads in one step."""
+
+    examples: np.ndarray[Any, Any]
+    prompt: int = 0
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class LengthClass:
+    """Rows padded to one length. `rows` are their numbers, `lanes` whose they are; both ascend."""
+
+    length: int
+    rows: np.ndarray[Any, Any]
+    lanes: np.ndarray[Any, Any]
+    valid: Tensor  # rows x length
+
+    def of(self, lanes: tuple[int, ...]) -> Tensor | slice:
+        """The rows of these lanes: a slice where they lie side by side."""
+        found = np.flatnonzero(np.isin(self.lanes, lanes))
+        if len(found) and found[-1] - found[0] + 1 == len(found):
+            return slice(int(found[0]), int(found[-1]) + 1)
+        return torch.from_numpy(found)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of a cohort.
+
+    `ids`, `positions` and `types` are lanes x tokens (packed) or lanes * examples x tokens (padded, for models whose
+    attention cannot be reached). Flat numbers count tokens in that order. `first`, `last`: lanes x examples, the flat
+    number of an example's first and last text token. `tokens` are the flat numbers of all real tokens, prompts
+    included, and `slots` where each lies in the padded rows of attention, class after class.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    types: Tensor | None
+    first: Tensor
+    last: Tensor
+    tokens: Tensor
+    slots: Tensor
+    classes: tuple[LengthClass, ...]
+    prompts: tuple[Tensor | None, ...]  # for each lane, examples x prompt length: flat numbers
+    lanes: int
+    mask: Tensor | None = None  # padded layout only
+    cut: int = 0
+
+    @property
+    def examples(self) -> int:
+        """Examples of one lane."""
+        return self.first.shape[1]
+
+    @cached_property
+    def row_slots(self) -> int:
+        """Places in the padded rows of attention."""
+        return sum(len(c.rows) * c.length for c in self.classes)
+
+    @cached_property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Flat numbers of text tokens, and the row (lane * examples + example) of each."""
+        first, last = self.first.reshape(-1), self.last.reshape(-1)
+        lengths = last - first + 1
+        rows = torch.repeat_interleave(torch.arange(len(first)), lengths)
+        starts = torch.cumsum(lengths, 0) - lengths
+        return first[rows] + torch.arange(len(rows)) - starts[rows], rows
+
+
+def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, padded: bool = False) -> Batch:
+    """Lay out the lanes' examples. All lanes have the same number of examples."""
+    texts: list[np.ndarray[Any, Any]] = []
+    types: list[np.ndarray[Any, Any]] = []
+    prompts, shifts, cut = [], [], 0
+    for batch in batches:
+        # A text that does not fit behind the lane's prompts loses its middle end, never its closing token.
+        limit = sites.max_positions - batch.shift if sites.max_positions else None
+        for i in batch.examples:
+            ids = split.ids[i]
+            kinds = split.types[i] if split.types is not None else None
+            if limit is not None and len(ids) > limit:
+                keep = np.r_[0 : limit - 1, len(ids) - 1]
+                ids, kinds, cut = ids[keep], kinds[keep] if kinds is not None else None, cut + 1
+            texts.append(ids)
+            if kinds is not None:
+                types.append(kinds)
+        prompts += [batch.prompt] * len(batch.examples)
+        shifts += [batch.shift] * len(batch.examples)
+
+    lanes, examples = len(batches), len(batches[0].examples)
+    prompt, shift = np.array(prompts), np.array(shifts)
+    lengths = prompt + np.array([len(t) for t in texts])
+    row_lane = np.repeat(np.arange(lanes), examples)
+    if padded:
+        width = int(lengths.max())
+        starts, total = np.arange(len(texts)) * width, len(texts) * width
+        shape = (len(texts), width)
+    else:
+        ends = np.cumsum(lengths.reshape(lanes, examples), axis=1)
+        width = int(ends[:, -1].max())
+        starts = (ends - lengths.reshape(lanes, examples) + np.arange(lanes)[:, None] * width).reshape(-1)
+        total, shape = lanes * width, (lanes, width)
+
+    row_of = np.repeat(np.arange(len(texts)), lengths)  # for every real token: its row and its place in it
+    place = np.arange(len(row_of)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    flat = starts[row_of] + place
+    is_text = place >= prompt[row_of]
+
+    ids_flat = np.zeros(total, dtype=np.int64)
+    ids_flat[flat[is_text]] = np.concatenate(texts)
+    positions = np.zeros(total, dtype=np.int64)
+    positions[flat] = place + (shift - prompt)[row_of]
+    types_flat = None
+    if types:
+        types_flat = np.zeros(total, dtype=np.int64)
+        types_flat[flat[is_text]] = np.concatenate(types)
+    mask = None
+    if padded:
+        mask = np.zeros(total, dtype=np.int64)
+        mask[flat] = 1
+
+    classes, slots = _length_classes(lengths, row_lane, row_of, place)
+    return Batch(
+        ids=torch.from_numpy(ids_flat).view(shape),
+        positions=torch.from_numpy(positions + sites.position_offset).view(shape),
+        types=torch.from_numpy(types_flat).view(shape) if types_flat is not None else None,
+        first=torch.from_numpy(starts + prompt).view(lanes, examples),
+        last=torch.from_numpy(starts + lengths - 1).view(lanes, examples),
+        tokens=torch.from_numpy(flat),
+        slots=torch.from_numpy(slots),
+        classes=classes,
+        prompts=tuple(
+            torch.from_numpy(starts[row_lane == g][:, None] + np.arange(b.prompt)) if b.prompt else None
+            for g, b in enumerate(batches)
+        ),
+        lanes=lanes,
+        mask=torch.from_numpy(mask).view(shape) if mask is not None else None,
+        cut=cut,
+    )
+
+
+def _length_classes(
+    lengths: np.ndarray[Any, Any], lane: np.ndarray[Any, Any], row_of: np.ndarray[Any, Any], place: np.ndarray[Any, Any]
+) -> tuple[tuple[LengthClass, ...], np.ndarray[Any, Any]]:
+    last = LENGTH_CLASSES[-1]
+    bounds = np.array(LENGTH_CLASSES)
+    padded_to = np.where(
+        lengths > last, -(-lengths // last) * last, bounds[np.searchsorted(bounds, np.minimum(lengths, last))]
+    )
+    classes, start_of_row, offset = [], np.zeros(len(lengths), dtype=np.int64), 0
+    for length in np.unique(padded_to):
+        rows = np.flatnonzero(padded_to == length)
+        # Padding goes to the longest row that is really there: the class only says who lies together.
+        longest = int(lengths[rows].max())
+        valid = torch.from_numpy(np.arange(longest) < lengths[rows][:, None])
+        classes.append(LengthClass(longest, rows, lane[rows], valid))
+        start_of_row[rows] = offset + np.arange(len(rows)) * longest
+        offset += len(rows) * longest
+    return tuple(classes), start_of_row[row_of] + place

@@ -1,0 +1,277 @@
+"""Tasks: labelled texts split into training, validation and test data, and their tokens.
+
+    task = load_task(TaskConfig(name="trec6"))
+    data = encode(task, tokenizer, max_length=128)
+
+Selection sees the validation split only. Where none is given it is carved from the training rows, stratified,
+by the task's own seed: every trial of a search and every seed of a retest is judged on the same examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peftscape.search import examples
+from peftscape.search.embedded import EMBEDDED_TASKS, MissingPackageError
+from peftscape.search.encoding import EncodedSplit, EncodedTask, encode
+from peftscape.search.metrics import METRICS, Metric, metric
+from peftscape.search.tables import Table, TaskError, is_file_name
+from peftscape.search.task_config import (
+    SPLITS,
+    Kind,
+    SplitName,
+    TaskConfig,
+    config_errors,
+    raise_all,
+    read_tables,
+)
+
+__all__ = [
+    "EncodedSplit",
+    "EncodedTask",
+    "Split",
+    "Task",
+    "TaskConfig",
+    "TaskError",
+    "check_task",
+    "encode",
+    "load_task",
+]
+
+_HEAD_ROWS = 200  # how much of a file `check_task` reads
+_DEFAULT_METRIC: Mapping[Kind, str] = {"classification": "accuracy", "regression": "pearson"}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples: texts, second texts of pairs, and targets (int64 class ids, or float32 numbers)."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    targets: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: NDArray[np.bool_]) -> Split:
+        """The examples where `rows` is true, in their order."""
+        kept = np.flatnonzero(rows)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in kept]
+        return Split([self.texts[i] for i in kept], pairs, self.targets[kept])
+
+    def examples(self) -> list[tuple[str, str]]:
+        """What a model sees of each example: its text and its second text."""
+        return list(zip(self.texts, self.pairs or [""] * len(self), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Labelled texts in three splits with a metric. `labels` are the classes by id, empty for regression.
+
+    `carved` names the splits that were cut from the training rows because they were not given.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    metric: Metric
+    train: Split
+    validation: Split
+    test: Split
+    seed: int
+    carved: tuple[SplitName, ...] = ()
+
+    @property
+    def num_outputs(self) -> int:
+        """The width of the head: the number of classes, or 1."""
+        return len(self.labels) or 1
+
+    def splits(self) -> dict[SplitName, Split]:
+        """The three splits by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of kind, labels and all examples of all splits, in order; the metric is not part of it."""
+        digest = hashlib.sha256()
+
+        def add(*words: str) -> None:
+            for word in words:
+                raw = word.encode("utf-8", "surrogatepass")
+                digest.update(
+                    len(raw).to_bytes(8, "little") + raw
+                )  # lengths, so that no two contents run alike
+
+        add("peftscape.task.1", self.kind, *self.labels)
+        for name, split in self.splits().items():
+            add(name, str(len(split)), *split.texts)
+            add("pairs" if split.pairs is not None else "single", *(split.pairs or []))
+            digest.update(split.targets.astype("<i8" if self.labels else "<f4").tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The task in plain JSON values, for a report.
+
+        `seen_in_training` counts held-out examples whose text is a training text as well: a leak, if many.
+        """
+        train = set(self.train.examples())
+        held_out: dict[SplitName, Split] = {"validation": self.validation, "test": self.test}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "num_outputs": self.num_outputs,
+            "metric": self.metric.name,
+            "direction": self.metric.direction,
+            "seed": self.seed,
+            "rows": {name: len(split) for name, split in self.splits().items()},
+            "carved": list(self.carved),
+            "class_counts": {
+                name: np.bincount(split.targets, minlength=len(self.labels)).tolist() if self.labels else []
+                for name, split in self.splits().items()
+            },
+            "seen_in_training": {name: sum(e in train for e in s.examples()) for name, s in held_out.items()},
+            "fingerprint": self.fingerprint(),
+        }
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Reads, checks and splits the data of a task.
+
+    Raises:
+        TaskError: with every error found: keys, files, columns, missing values, labels.
+    """
+    errors = config_errors(config)
+    raise_all(config, errors)
+    try:
+        tables = read_tables(config)
+    except MissingPackageError as error:
+        raise TaskError(config.source, [f"task.name: {error}"]) from None
+    for table in tables.values():
+        errors += _table_errors(config, table)
+    raise_all(config, errors)
+    kind, labels, splits = _examples(config, tables, errors)
+    chosen = _metric(config, kind, len(labels), errors)
+    raise_all(config, errors)
+    assert chosen is not None
+    carved: list[SplitName] = []
+    # Test first, so that it stays the same when the size of the validation split changes.
+    held_out: list[tuple[SplitName, int | float]] = [
+        ("test", config.test_size),
+        ("validation", config.validation_size),
+    ]
+    for stream, (name, size) in enumerate(held_out, start=1):
+        if name not in splits:
+            rows = _take(splits["train"], kind, _count(size, len(splits["train"])), (config.seed, stream))
+            splits[name], splits["train"] = splits["train"].take(rows), splits["train"].take(~rows)
+            carved.append(name)
+    surplus = len(splits["train"]) - (config.max_train or len(splits["train"]))
+    if surplus > 0:
+        splits["train"] = splits["train"].take(~_take(splits["train"], kind, surplus, (config.seed, 3)))
+    for name in SPLITS:
+        if not len(splits[name]):
+            errors.append(f"task.{name}: no rows are left; the training data is too small to cut it from")
+    raise_all(config, errors)
+    return Task(config.source, kind, labels, chosen, **splits, seed=config.seed, carved=tuple(carved))
+
+
+def check_task(config: TaskConfig) -> list[str]:
+    """The errors that the keys, the headers and the first rows show; nothing is fetched."""
+    errors = config_errors(config)
+    if errors:
+        return errors
+    try:
+        if config.name is not None:
+            EMBEDDED_TASKS[config.name].paths()
+            classes = len(EMBEDDED_TASKS[config.name].classes)
+            _metric(config, "classification", classes, errors)
+            return errors
+        if (
+            config.path is not None
+            and not is_file_name(config.path)
+            and not Path(config.path).expanduser().is_dir()
+        ):
+            return errors  # a dataset of the hub: not asked before the search starts
+        tables = read_tables(config, limit=_HEAD_ROWS)
+    except MissingPackageError as error:
+        return [f"task.name: {error}"]
+    except TaskError as error:
+        return list(error.errors)
+    for table in tables.values():
+        errors += _table_errors(config, table)
+    if errors:
+        return errors
+    # Classes can be told from all rows only, so of the labels only what holds for each row is said here.
+    labels = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
+    kind = config.kind or ("classification" if config.label in tables["train"].class_names else None)
+    kind = kind or examples.infer_kind(labels["train"])
+    for name, table in tables.items():
+        for key in config.columns.keys() - {"label"}:
+            examples.read_texts(table, key, config.columns[key], errors)
+        if kind == "regression":
+            examples.numbers(table, config.label, labels[name], errors)
+    _metric(config, kind, None, errors)
+    return errors
+
+
+def _table_errors(config: TaskConfig, table: Table) -> list[str]:
+    """Missing columns and missing rows of one table."""
+    columns = {"text": "text", "label": "label"} if config.name is not None else config.columns
+    errors = examples.missing_columns(table, columns)
+    return errors if errors or table.rows else [f"task.path: {table.source} has no rows"]
+
+
+def _examples(
+    config: TaskConfig, tables: Mapping[SplitName, Table], errors: list[str]
+) -> tuple[Kind, tuple[str, ...], dict[SplitName, Split]]:
+    """The splits that are given, with targets, and what the training labels say they are."""
+    raw = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
+    train = tables["train"]
+    kind: Kind = config.kind or (
+        "classification" if config.label in train.class_names else examples.infer_kind(raw["train"])
+    )
+    labels: tuple[str, ...] = ()
+    if kind == "classification":
+        labels = examples.class_names(train, config.label, raw["train"], errors)
+    splits: dict[SplitName, Split] = {}
+    for name, table in tables.items():
+        texts = examples.read_texts(table, "text", config.text, errors)
+        pairs = None if config.pair is None else examples.read_texts(table, "pair", config.pair, errors)
+        targets: NDArray[Any]
+        if kind == "classification":
+            targets = examples.class_ids(table, config.label, raw[name], labels, errors)
+        else:
+            targets = examples.numbers(table, config.label, raw[name], errors)
+        splits[name] = Split(texts, pairs, targets)
+    return kind, labels, splits
+
+
+def _metric(config: TaskConfig, kind: Kind, classes: int | None, errors: list[str]) -> Metric | None:
+    chosen = metric(config.metric or _DEFAULT_METRIC[kind])
+    if chosen.kind != kind:
+        others = ", ".join(m.name for m in METRICS.values() if m.kind == kind)
+        errors.append(
+            f'task.metric: "{chosen.name}" is for {chosen.kind}, the task is {kind}; there are: {others}'
+        )
+    elif chosen.binary and classes not in (None, 2):
+        errors.append(
+            f'task.metric: "{chosen.name}" needs 2 classes, the task has {classes}; take "macro_f1"'
+        )
+    return chosen
+
+
+def _count(size: int | float, rows: int) -> int:
+    """How many of `rows` to set aside: a fraction as it is, a count up to a fifth of them."""
+    return max(1, round(size * rows) if isinstance(size, float) else min(size, rows // 5))
+
+
+def _take(split: Split, kind: Kind, size: int, seed: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which rows to set aside; numbers have no classes to keep in proportion."""
+    classes = split.targets if kind == "classification" else np.zeros(len(split), dtype=np.int64)
+    return examples.take_stratified(classes, size, seed)

@@ -1,0 +1,161 @@
+"""The contract of a method: it declares its tensors and writes its equation; the engine does the rest.
+
+The engine adds the lane dimension, pads unequal sizes with zeros, initialises, counts, trains, saves and loads.
+A file in this folder with one subclass of `Method` adds a method; nothing else changes anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
+
+from peftscape.spaces.knobs import Domain, knob
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftscape.spaces.sites import Site
+
+    Array = torch.Tensor
+
+Init = Literal["zeros", "ones", "kaiming", "normal", "vocabulary"]
+Scope = Literal["site", "layer", "placement"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One declared tensor.
+
+    Args:
+        shape: without the lane dimension.
+        init: `kaiming` is uniform in +-1/sqrt(fan in), as torch's linears and LoRA's A start; `normal` has
+            standard deviation 0.02; `vocabulary` takes rows of the backbone's embedding, drawn by the lane's seed.
+        scope: one for each site, or shared by a layer or by the whole placement (made and counted once).
+        trains: false for fixed random tensors.
+        stored: written to an adapter's file.
+        deployed: needed at inference.
+    """
+
+    shape: tuple[int, ...]
+    init: Init = "zeros"
+    scope: Scope = "site"
+    trains: bool = True
+    stored: bool = True
+    deployed: bool = True
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+Tensors = dict[str, Tensor]
+
+
+class Lanes:
+    """What `apply` sees of a group of lanes: `p.A` is lanes x shape, `p.alpha` (a number) is lanes x 1 x 1."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f'a method asked for "{name}", which it neither declares as a tensor nor as a knob')
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(knob,))
+class Method:
+    """A way to adapt sites. Subclasses are frozen dataclasses; their fields are knobs."""
+
+    name: ClassVar[str]
+    category: ClassVar[Literal["additive", "partial", "reparameterised", "hybrid", "unified", "reference"]]
+    execution: ClassVar[Literal["packed", "rewritten", "solo"]] = "packed"
+    #: Kinds of sites it can adapt, and those it takes when a design names none.
+    sites: ClassVar[frozenset[str]]
+    default_sites: ClassVar[tuple[str, ...]]
+    #: Whether the adapted model equals the backbone before the first step.
+    exact_start: ClassVar[bool] = True
+    #: Whether its change folds into the backbone's weights.
+    merges: ClassVar[bool] = False
+    #: The knob that says how large it is, for labels and size limits; and its letter in labels.
+    size_knob: ClassVar[str | None] = None
+    letter: ClassVar[str] = ""
+    #: A lone method: nothing else can be in its design.
+    alone: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def tensors(self, site: Site) -> Tensors:
+        """The tensors that adapt one site."""
+        raise NotImplementedError
+
+    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
+        """The adapted output of a site.
+
+        Args:
+            p: the declared tensors and numeric knobs of the group's lanes.
+            x: lanes x tokens x d_in, what the site reads.
+            y: lanes x tokens x d_out, what the frozen site gives.
+        Returns:
+            lanes x tokens x d_out. A lane's rows may depend on that lane's rows alone.
+        """
+        raise NotImplementedError
+
+    def apply_input(self, p: Lanes, x: Array) -> Array:
+        """The adapted input of a site, for methods and sites with `side(site) == "input"`."""
+        raise NotImplementedError
+
+    def side(self, site: Site) -> Literal["input", "output"]:
+        """Whether the method changes what the site gives or what it reads."""
+        return "output"
+
+    def prefix(self, p: Lanes) -> tuple[Array, Array]:
+        """Keys and values (lanes x length x d_kv each) to attend to besides the sequence; `kv` sites only."""
+        raise NotImplementedError
+
+    def virtual_tokens(self, p: Lanes) -> Array:
+        """Vectors (lanes x length x width) put before the embedded sequence; `input` sites only."""
+        raise NotImplementedError
+
+    def prompt_length(self) -> int:
+        """Tokens that the method adds to the sequence itself."""
+        return 0
+
+    def prefix_length(self) -> int:
+        """Positions that the method adds to keys and values."""
+        return 0
+
+    def position_shift(self) -> int:
+        """By how many positions the text moves."""
+        return 0
+
+    def flops(self, site: Site, tokens: int) -> int:
+        """Forward FLOPs for one sequence beyond the frozen site's: 2 a parameter and token, unless overridden."""
+        return 2 * tokens * sum(t.size for t in self.tensors(site).values() if t.deployed)
+
+    def saved_floats(self, site: Site, tokens: int) -> int:
+        """Activations that autograd keeps for one sequence because this method is here."""
+        return 0
+
+    def check(self, site: Site) -> str | None:
+        """Why this method with these knobs cannot adapt this site, in one line; None if it can."""
+        return None
+
+    def static_knobs(self) -> tuple[Any, ...]:
+        """Knobs that choose code rather than numbers; lanes share a group only if these are equal."""
+        return tuple(v for v in self.knobs().values() if isinstance(v, (str, bool, tuple)) or v is None)
+
+    def group_key(self, site: Site) -> tuple[Any, ...]:
+        """Lanes share a group only if equal; a method that cannot be padded with zeros adds its shapes."""
+        return self.static_knobs()
+
+    def knobs(self) -> dict[str, Any]:
+        """The knobs and their values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def domains(cls) -> dict[str, Domain]:
+        """The knobs that a search may turn, and how."""
+        return {f.name: f.metadata["domain"] for f in fields(cls) if "domain" in f.metadata}  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""(IA)^3: learned scalings of keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+
+if TYPE_CHECKING:
+    from peftscape.spaces.methods.base import Array
+    from peftscape.spaces.sites import Site
+
+
+class IA3(Method):
+    """y * s, s in R^{d_out} per adapted linear, and s in R^{d_in} on the input of `inputs`; s = 1 at the start.
+
+    Keys and values are scaled where they come out, the feed-forward activations where `down` reads them (sec. 3.3).
+    """
+
+    name, category = "ia3", "additive"
+    sites = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+    default_sites = ("k", "v", "down")
+    merges = True
+
+    inputs: tuple[str, ...] = ("down",)
+
+    def side(self, site: Site) -> Literal["input", "output"]:
+        return "input" if site.kind in self.inputs else "output"
+
+    def tensors(self, site: Site) -> Tensors:
+        return {"s": Tensor((site.d_in if self.side(site) == "input" else site.d_out,), init="ones")}
+
+    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
+        return y * p.s.unsqueeze(1)
+
+    def apply_input(self, p: Lanes, x: Array) -> Array:
+        return x * p.s.unsqueeze(1)
+
+    def flops(self, site: Site, tokens: int) -> int:
+        return tokens * (site.d_in if self.side(site) == "input" else site.d_out)
+
+    def saved_floats(self, site: Site, tokens: int) -> int:
+        return self.flops(site, tokens)

@@ -1,0 +1,1 @@
+"""What lanes compute, in plain torch: every tensor has a leading lane dimension."""

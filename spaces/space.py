@@ -1,0 +1,240 @@
+"""The designs a search may try: slots that are empty or hold one of their options, each with its knobs.
+
+`suggest` asks Optuna for the knobs of a design, conditional ones only where their option is taken; `params` is its
+inverse, so that any design can be enqueued. Both walk the same domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from peftscape.spaces.design import Design, Mask, Placement, Training
+from peftscape.spaces.knobs import Choice, Domain, Value
+from peftscape.spaces.layers import LayerChoice, Layers
+from peftscape.spaces.methods import methods
+
+if TYPE_CHECKING:
+    import optuna
+
+    from peftscape.spaces.sites import SiteMap
+
+NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A method with its knobs: a constant or a domain each.
+
+    Args:
+        name: how its parameters are called in the study, the method's name where that is unique.
+        layers: which layers, or None where the whole space shares one choice.
+        mask: (sparsity, score), each a constant or a domain; None for no mask.
+    """
+
+    name: str
+    method: str
+    sites: Any
+    layers: LayerChoice | None
+    knobs: Mapping[str, Any]
+    mask: tuple[Any, Any] | None = None
+
+    def suggest(self, trial: optuna.Trial, shared: Layers | None) -> Placement | None:
+        """The placement, or None where its size is zero or no layer is on."""
+        knobs = {k: _ask(trial, f"{self.name}.{k}", v) for k, v in self.knobs.items()}
+        sites = _ask(trial, f"{self.name}.sites", self.sites)
+        layers = shared if self.layers is None else self.layers.suggest(trial, f"{self.name}.layers")
+        mask = None
+        if self.mask is not None:
+            sparsity = _ask(trial, f"{self.name}.mask.sparsity", self.mask[0])
+            if sparsity > 0:
+                mask = Mask(sparsity=sparsity, score=_ask(trial, f"{self.name}.mask.score", self.mask[1]))
+        if not layers or any(value == 0 for value in knobs.values() if not isinstance(value, bool)):
+            return None
+        return Placement(method=methods()[self.method](**knobs), sites=tuple(sites), layers=layers, mask=mask)
+
+    def params(self, placement: Placement) -> dict[str, Value]:
+        """The parameters that suggest this placement. Raises ValueError where the option cannot give it."""
+        found: dict[str, Value] = {}
+        own = placement.method.knobs()
+        defaults = methods()[self.method]().knobs()
+        for knob, value in own.items():
+            found |= _tell(f"{self.name}.{knob}", self.knobs.get(knob, defaults[knob]), value)
+        found |= _tell(f"{self.name}.sites", self.sites, placement.sites)
+        if self.layers is not None:
+            found |= self.layers.params(f"{self.name}.layers", placement.layers)
+        if self.mask is None:
+            if placement.mask is not None:
+                raise ValueError(f"{self.name}: this space has no masks on it")
+            return found
+        found |= _tell(f"{self.name}.mask.sparsity", self.mask[0], placement.mask.sparsity if placement.mask else 0.0)
+        if placement.mask is not None:
+            found |= _tell(f"{self.name}.mask.score", self.mask[1], placement.mask.score)
+        return found
+
+    def absent(self) -> dict[str, Value] | None:
+        """Parameters under which it has size zero; None if it is always there."""
+        for knob, value in self.knobs.items():
+            if isinstance(value, Domain) and 0 in value.ends():
+                zero = dict(value.param(f"{self.name}.{knob}", 0))
+                rest = [(k, v) for k, v in self.knobs.items() if k != knob]
+                for name, other in [*rest, ("sites", self.sites)]:
+                    if isinstance(other, Domain):
+                        zero |= other.param(f"{self.name}.{name}", other.ends()[0])
+                return zero
+        return None
+
+    def ends(self) -> Iterator[Placement]:
+        """Placements among which its cheapest and dearest are: every end of every domain."""
+        variants: list[dict[str, Any]] = [{}]
+        for knob, value in self.knobs.items():
+            ends = [e for e in value.ends() if e] if isinstance(value, Domain) else [value]
+            variants = [v | {knob: e} for v in variants for e in ends]
+        sites = self.sites.ends() if isinstance(self.sites, Domain) else (self.sites,)
+        sparsities: tuple[Any, ...] = (0,)
+        if self.mask is not None:
+            sparsities = self.mask[0].ends() if isinstance(self.mask[0], Domain) else (self.mask[0],)
+        layers: tuple[Layers, ...] = self.layers.ends() if self.layers is not None else ("all",)
+        for knobs in variants:
+            method = methods()[self.method](**knobs)
+            for where in sites:
+                for which in layers:
+                    for s in sparsities:
+                        mask = Mask(sparsity=s) if s else None
+                        yield Placement(method=method, sites=tuple(where), layers=which, mask=mask)
+
+    def count(self) -> float:
+        """How many settings."""
+        mask = 1.0
+        if self.mask is not None:
+            scores = _count(self.mask[1])
+            sparsities = self.mask[0].ends() if isinstance(self.mask[0], Choice) else None
+            mask = math.inf if sparsities is None else sum(scores if s else 1 for s in sparsities)
+        layers = self.layers.count() if self.layers is not None else 1
+        return math.prod(map(_count, self.knobs.values())) * _count(self.sites) * layers * mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Empty (if optional) or one of its options."""
+
+    name: str
+    options: tuple[Option, ...]
+    optional: bool = False
+
+    def choice(self) -> Choice | None:
+        """Which option, if that is a question at all."""
+        names = [o.method for o in self.options] + ([NONE] if self.optional else [])
+        return Choice(tuple(names)) if len(names) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The designs a search may try on one backbone.
+
+    Args:
+        layers: a choice of layers that all placements share, or None where each has its own.
+        training: knobs of `Training`, a constant or a domain each.
+        dropped: options that this backbone refuses, and why.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    sites: SiteMap
+    layers: LayerChoice | None = None
+    training: Mapping[str, Any]
+    dropped: tuple[str, ...] = ()
+
+    def suggest(self, trial: optuna.Trial) -> Design:
+        """Ask a trial for a design."""
+        placements = []
+        shared = self.layers.suggest(trial, "layers") if self.layers is not None else None
+        for slot in self.slots:
+            choice = slot.choice()
+            taken = choice.suggest(trial, slot.name) if choice else slot.options[0].method
+            placements += [o.suggest(trial, shared) for o in slot.options if o.method == taken]
+        training = {k: _ask(trial, f"training.{k}", v) for k, v in self.training.items()}
+        return Design(placements=tuple(p for p in placements if p is not None), training=Training(**training))
+
+    def params(self, design: Design) -> dict[str, Value]:
+        """The parameters that suggest this design; the inverse of `suggest`.
+
+        Raises:
+            ValueError: if the design is not in the space, and why.
+        """
+        found: dict[str, Value] = {}
+        left = [p for p in design.placements if p.method.name != "head_only"]
+        if self.layers is not None:
+            chosen: set[Layers] = {p.layers for p in left} or {"all"}
+            if len(chosen) > 1:
+                raise ValueError("all placements of this space share their layers")
+            found |= self.layers.params("layers", chosen.pop())
+        for slot in self.slots:
+            names = {o.method: o for o in slot.options}
+            mine = next((p for p in left if p.method.name in names), None)
+            if mine is not None:
+                left.remove(mine)
+                found |= names[mine.method.name].params(mine)
+            zero = None if mine is not None or slot.optional else self.slots_zero(slot)
+            taken = mine.method.name if mine is not None else NONE if slot.optional else slot.options[0].method
+            found |= (choice.param(slot.name, taken) if (choice := slot.choice()) else {}) | (zero or {})
+        if left:
+            raise ValueError(f"no slot of {self.name} is left for {left[0].label}")
+        for name, domain in self.training.items():
+            found |= _tell(f"training.{name}", domain, getattr(design.training, name))
+        return found
+
+    @staticmethod
+    def slots_zero(slot: Slot) -> dict[str, Value]:
+        """Parameters under which a slot that is not optional holds nothing. Raises ValueError if it always does."""
+        zero = slot.options[0].absent()
+        if zero is None:
+            raise ValueError(f"{slot.name} cannot be empty in this space")
+        return zero
+
+    def count(self) -> tuple[float, int]:
+        """How many designs, knobs with continuous domains left out of the product, and how many such knobs."""
+        options = [o for slot in self.slots for o in slot.options]
+        total = 1.0
+        for slot in self.slots:
+            total *= sum(_finite(o).count() for o in slot.options) + slot.optional
+        values = [*self.training.values(), *(v for o in options for v in o.knobs.values())]
+        continuous = sum(math.isinf(_count(v)) for v in values)
+        shared = self.layers.count() if self.layers is not None else 1
+        return total * shared * math.prod(c for c in map(_count, self.training.values()) if c < math.inf), continuous
+
+    def ends(self) -> Iterator[tuple[Slot, list[Placement | None]]]:
+        """For each slot what it may hold at its cheapest and dearest."""
+        for slot in self.slots:
+            held: list[Placement | None] = [p for o in slot.options for p in o.ends()]
+            if slot.optional or any(o.absent() is not None for o in slot.options):
+                held.append(None)
+            yield slot, held
+
+
+def _ask(trial: optuna.Trial, name: str, value: Any) -> Any:
+    return value.suggest(trial, name) if isinstance(value, Domain) else value
+
+
+def _tell(name: str, domain: Any, value: Any) -> dict[str, Value]:
+    if isinstance(domain, Domain):
+        try:
+            return domain.param(name, value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if (tuple(domain) if isinstance(domain, list) else domain) != value:
+        raise ValueError(f"{name}: {value!r} is not {domain!r}, as this space has it")
+    return {}
+
+
+def _count(value: Any) -> float:
+    return value.count() if isinstance(value, Domain) else 1
+
+
+def _finite(option: Option) -> Option:
+    """The option without its continuous knobs."""
+    return replace(option, knobs={k: v for k, v in option.knobs.items() if not math.isinf(_count(v))})
+
+
