@@ -113,6 +113,26 @@ def validation_error(record: Record) -> float:
     return math.hypot(0.0 if math.isnan(sampling) else sampling, training)
 
 
+def retest_interval(record: Record, level: float = 0.95) -> Interval | None:
+    """The t-interval of the test scores of a record's retests; None where there are none."""
+    scores = [score.test for score in record.retests if score.test is not None]
+    return t_interval(scores, level) if scores else None
+
+
+def validation_interval(record: Record, level: float = 0.95) -> Interval | None:
+    """The interval of a record's validation score that the number of validation examples leaves.
+
+    Wilson's for a metric that is a share; the value and 1.96 standard errors for a correlation; None else.
+    """
+    value, n = record.validation, record.n_validation
+    error = standard_error(record.metric, value, n)
+    if math.isnan(error):
+        return None
+    if 0 <= value <= 1 and record.metric not in ("matthews", "pearson", "spearman"):
+        return proportion_interval(value, n, level)
+    return Interval(value, value - 1.96 * error, value + 1.96 * error, n)
+
+
 def candidates(
     records: Sequence[Record], objectives: Sequence[Objective], n: int | None = None, *, errors: float = 1.0
 ) -> tuple[Record, ...]:
@@ -149,7 +169,7 @@ def candidates(
         if member[i]:
             first = bool(noisy.any() and (losses[i, noisy] <= losses[:, noisy].min(axis=0)).any())
             ranked.append(((0, not first, -gain), record))
-        elif -gain <= band[i] and noisy.any():
+        elif -gain < band[i] and noisy.any():  # a tie with what is cheaper would not make it a member
             ranked.append(((1, False, -gain), record))
     ranked.sort(key=lambda pair: (*pair[0], pair[1].number))
     chosen: dict[str, Record] = {}

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftscape.analysis import units
-from peftscape.analysis.front import Objective, best_under, finite, front, hypervolume
-from peftscape.analysis.noise import Interval, proportion_interval, standard_error, t_interval
+from peftscape.analysis.front import Objective, finite, front, hypervolume
+from peftscape.analysis.noise import Interval, retest_interval, validation_interval
 from peftscape.analysis.sources import Study
 from peftscape.spaces.record import Record
 
@@ -15,75 +14,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True)
-class Pick:
-    """The best design under a limit of trained parameters, and the cheapest that is as good within noise."""
-
-    limit: int
-    record: Record
-    cheaper: Record | None
-
-
-def retest_interval(record: Record, level: float = 0.95) -> Interval | None:
-    """The t-interval of the test scores of a record's retests; None where there are none."""
-    scores = [score.test for score in record.retests if score.test is not None]
-    return t_interval(scores, level) if scores else None
-
-
-def validation_interval(record: Record, level: float = 0.95) -> Interval | None:
-    """The interval of a record's validation score that the number of validation examples leaves.
-
-    Wilson's for a metric that is a share; the value and 1.96 standard errors for a correlation; None else.
-    """
-    value, n = record.validation, record.n_validation
-    error = standard_error(record.metric, value, n)
-    if math.isnan(error):
-        return None
-    if 0 <= value <= 1 and record.metric not in ("matthews", "pearson", "spearman"):
-        return proportion_interval(value, n, level)
-    return Interval(value, value - 1.96 * error, value + 1.96 * error, n)
-
-
-def picks(study: Study, names: int = 3) -> tuple[Pick, ...]:
-    """The best design under each of `names` round parameter limits, spread evenly (in ratio) over the front.
-
-    `cheaper` is the cheapest complete record whose validation score is within one standard error of the
-    best's, where it costs less: the one-standard-error rule (Breiman et al. 1984).
-    """
-    cost = Objective("trainable", "minimize")
-    able, values = finite(front(study.records, (study.quality, cost)), (study.quality, cost))
-    if not able:
-        return ()
-    low, high = max(1.0, float(values[:, 1].min())), max(1.0, float(values[:, 1].max()))
-    limits = []
-    for i in range(1, names + 1):
-        spot = low * (high / low) ** (i / names)
-        limits.append(units.round_limits(spot, spot)[0])
-    best = best_under(study.records, limits, quality=study.quality)
-    return tuple(
-        Pick(limit, record, _cheaper(study, record))
-        for limit, record in zip(limits, best, strict=True)
-        if record is not None
-    )
-
-
-def _cheaper(study: Study, best: Record) -> Record | None:
-    """The cheapest record within one standard error of `best`, where it is cheaper."""
-    error = standard_error(best.metric, best.validation, best.n_validation)
-    sign = 1 if study.quality.direction == "maximize" else -1
-    if math.isnan(error) or best.costs is None:
-        return None
-    cost = Objective("trainable", "minimize")
-    near = [
-        record
-        for record in finite(study.records, (study.quality, cost))[0]
-        if sign * (best.validation - record.validation) <= error and cost.value(record) < cost.value(best)
-    ]
-    return min(near, key=lambda record: (cost.value(record), -sign * record.validation), default=None)
-
-
 def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> "Table":
-    """The front for the terminal: each member with its validation score, test mean and interval, and costs."""
+    """The front for the terminal: each member with its validation score, test interval and costs.
+
+    Of the costs, those that are objectives and the trained parameters; `front_json` and the report have
+    them all.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -92,14 +28,16 @@ def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> 
     title = Text(f"{study.name}: front of {' and '.join(objective.name for objective in chosen)}")
     caption = f"{len(members)} of {len(study.records)} trials; selected by validation"
     table = Table(title=title, caption=caption)
-    table.add_column("#", justify="right")
+    table.add_column("#", justify="right", no_wrap=True)
     table.add_column("design", overflow="fold", min_width=12)
-    for head in (study.quality.name, "test (95 %)", *(cost.short for cost in units.SHOWN)):
-        table.add_column(head, justify="right", no_wrap=head != "test (95 %)")
+    names = {"trainable", *(objective.name for objective in chosen)}  # all five do not fit 80 columns
+    shown = [cost for cost in units.SHOWN if cost.name in names]
+    for head in (study.quality.name, "test (95 %)", *(cost.short.lower() for cost in shown)):
+        table.add_column(head, justify="right", no_wrap=True)
     for record in members:
         interval = retest_interval(record)
         name = record.label + (f" ({record.textbook})" if record.textbook else "")
-        costs = [cost_text(record, cost) for cost in units.SHOWN]
+        costs = [cost_text(record, cost) for cost in shown]
         # Text, not markup: a label such as "[red]" is shown as it is.
         table.add_row(
             str(record.number), Text(name), units.score(record.validation), spread(interval), *costs

@@ -61,7 +61,7 @@ def seconds(value: float | None) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def round_limits(low: float, high: float, most: int = 8) -> tuple[int, ...]:
+def round_limits(low: float, high: float, most: int = 9) -> tuple[int, ...]:
     """Round numbers (1, 2 or 5 times a power of ten) that span low to high: each is at least `low`.
 
     The first is the smallest that admits `low`, the last the smallest that admits `high`; where there are too
@@ -86,7 +86,7 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Ticks with labels for a log axis from low to high (both above 0): decades, 1-2-5, or evenly spaced."""
     decades = math.log10(high / low)
     if decades >= 0.9:
-        steps = (1,) if decades > 3 else (1, 3) if decades > 1.8 else (1, 2, 5)
+        steps = (1,) if decades > 4 else (1, 3) if decades > 1.8 else (1, 2, 5)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = max(1, round(len(powers) / 7))
         values = [float(step * 10**power) for power in list(powers)[::every] for step in steps]

@@ -206,7 +206,7 @@ EMBEDDED_TASKS: dict[str, EmbeddedTask] = {
         ),
         EmbeddedTask(
             name="newsgroups20", summary="which newsgroup a post is from (Lang 1995)", package=_ORANGE,
-            rows=18821, files=tuple(f"{_ORANGE_DATA}/20newsgroups-{split}.tab" for split in ("train", "test")),
+            rows=18821, files=tuple(f"{_ORANGE_DATA}/20newsgroups-{s}.tab" for s in ("train", "test")),
             classes=_NEWSGROUPS, read=_newsgroups20,
         ),
     )

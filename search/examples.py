@@ -25,7 +25,7 @@ _DECIMAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[
 
 
 def missing_columns(table: Table, columns: dict[str, str]) -> list[str]:
-    """One error for each key (`text`, `pair`, `label`) whose column is missing, with the columns there are."""
+    """One error for each key (`text`, `pair`, `label`) whose column is missing; shows the columns."""
     seen = ", ".join(f'"{name}"' for name in table.names[:20]) + (" ..." if len(table.names) > 20 else "")
     errors = []
     for key, name in columns.items():

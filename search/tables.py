@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from peftscape.spaces.words import InputError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
 """The files that `read_file` reads, told apart by their ending."""
+
+
+_QUOTED_CELL = re.compile(r'"([^"]|"")*"')
 
 
 class TaskError(InputError):
@@ -78,6 +82,7 @@ def _csv(source: str, path: Path, separator: str, limit: int | None) -> Table:
 
     import pandas as pd
 
+    quoted = separator == "," or _is_quoted(path)
     try:
         with warnings.catch_warnings():
             # pandas cuts rows longer than the header with a warning; a wrong separator or quote made them.
@@ -85,13 +90,29 @@ def _csv(source: str, path: Path, separator: str, limit: int | None) -> Table:
             frame = pd.read_csv(
                 path, sep=separator, dtype=object, keep_default_na=False, index_col=False,
                 encoding="utf-8-sig", nrows=limit,
+                quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
             )  # fmt: skip
     except pd.errors.EmptyDataError:
         raise TaskError(source, [f"{source}: the file is empty"]) from None
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         raise TaskError(source, [f"{source}: not a regular table: {reason}"]) from None
-    return Table(source, tuple(map(str, frame.columns)), len(frame), lambda name: list(frame[name].tolist()))
+    return Table(source, tuple(map(str, frame.columns)), len(frame), lambda name: list(frame[name]))
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether quotes in a tab-separated file are syntax; in many (GLUE) they are text, and would eat rows.
+
+    They are text if they do not close, though every line has the columns of the first.
+    """
+    columns: set[int] = set()
+    closed = True
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            cells = line.rstrip("\n").split("\t")
+            columns.add(len(cells))
+            closed = closed and all(c[:1] != '"' or _QUOTED_CELL.fullmatch(c) for c in cells)
+    return closed or len(columns) > 1
 
 
 def _json(source: str, path: Path, limit: int | None) -> Table:
@@ -157,7 +178,7 @@ def read_dataset(source: str, subset: str | None = None, *, limit: int | None = 
     """
     folder = Path(source).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise TaskError(source, [f"no such file or folder, and not the id of a dataset: {source}"])
+        raise TaskError(source, [f"{source}: no such file or folder, and not the id of a dataset"])
     with _quiet_datasets() as datasets:
         try:
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

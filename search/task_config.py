@@ -29,7 +29,7 @@ class TaskConfig:
     `test` are files (without `path`, or inside it) or names of splits.
 
     A size is a fraction of the training rows, or a count of which at most a fifth of the rows is taken; it
-    matters only where that split is not given. `max_train` caps the training rows, in the proportions of the classes.
+    matters only where that split is not given. `max_train` caps the training rows, each class in proportion.
     `kind` None: regression where the labels are decimal numbers. `metric` None: accuracy, or pearson.
     """
 
@@ -124,7 +124,10 @@ def read_tables(config: TaskConfig, limit: int | None = None) -> dict[SplitName,
         return {"train": train} if test is None else {"train": train, "test": test}
     if config.path is None or is_file_name(config.path) or is_file_name(config.train or ""):
         return _files(config, limit)
-    found = read_dataset(config.path, config.subset, limit=limit)
+    try:
+        found = read_dataset(config.path, config.subset, limit=limit)
+    except TaskError as error:
+        raise TaskError(config.source, [f"task.path: {line}" for line in error.errors]) from None
     wanted: dict[SplitName, str | None] = {name: getattr(config, name) for name in SPLITS}
     errors = [
         f'task.{name}: no split "{split}" in {config.path}{nearest(split, found)}'

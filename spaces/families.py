@@ -1,7 +1,7 @@
 """The families whose sites follow from the configuration alone: one function each, from its JSON to a layout.
 
-Module paths and defaults are those of transformers 5 (models/*/modeling_*.py and configuration_*.py): keys that a
-config.json leaves out take the default of their configuration class.
+Module paths and defaults are those of transformers 5 (models/*/modeling_*.py and configuration_*.py): keys
+that a config.json leaves out take the default of their configuration class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Keys:
         for name in names:
             if (value := self.config.get(name)) is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise SiteError(f"configuration: {name}: a positive whole number was expected, not {value!r}")
+                    raise SiteError(
+                        f"configuration: {name}: a positive whole number was expected, not {value!r}"
+                    )
                 return value
         return default
 
@@ -41,7 +43,9 @@ def encoder(config: Config) -> Layout:
     family = str(config["model_type"])
     default = ENCODERS[family]
     if keys.get("add_cross_attention", default=False):
-        raise SiteError(f"{family} with cross-attention is not mapped; an encoder or a decoder alone was expected")
+        raise SiteError(
+            f"{family} with cross-attention is not mapped; an encoder or a decoder alone was expected"
+        )
     deberta, electra = family == "deberta-v2", family == "electra"
     d = keys.number("hidden_size", default=default["hidden_size"])
     f = keys.number("intermediate_size", default=default["intermediate_size"])
@@ -65,9 +69,9 @@ def encoder(config: Config) -> Layout:
         project = (linear("", name, e, d, bias),)
     extra["loose"] += loose
     return Layout(
-        layer="encoder.layer.{layer}", layers=keys.number("num_hidden_layers", default=default["num_hidden_layers"]),
-        d_model=d, embedding_width=e, heads=heads, kv_heads=heads, head_dim=head_dim,
-        causal=bool(keys.get("is_decoder", default=False)) and not deberta,
+        layer="encoder.layer.{layer}", layers=keys.number("num_hidden_layers",
+        default=default["num_hidden_layers"]), d_model=d, embedding_width=e, heads=heads, kv_heads=heads,
+        head_dim=head_dim, causal=bool(keys.get("is_decoder", default=False)) and not deberta,
         linears=(
             linear("q", f"{self}.query{p}", d, a, True), linear("k", f"{self}.key{p}", d, a, True),
             linear("v", f"{self}.value{p}", d, a, True), linear("o", "attention.output.dense", a, d, True),
@@ -81,7 +85,8 @@ def encoder(config: Config) -> Layout:
             "family": family, "d_ff": f, "vocab": vocab, "prefix": PREFIX[family],
             "embedding": "embeddings.word_embeddings", "activation": keys.get("hidden_act", default="gelu"),
             "norm_place": "post", "max_positions": rows - offset, "position_offset": offset,
-            "positions": "relative" if "relative" in extra else "absolute", "attention_interface": not deberta,
+            "positions": "relative" if "relative" in extra else "absolute", "attention_interface": not
+            deberta,
         },
         **extra,
     )  # fmt: skip
@@ -127,7 +132,9 @@ def _encoder_head(family: str, d: int, keys: Keys) -> Head:
     if family == "deberta-v2":
         h = keys.number("pooler_hidden_size", default=d)
         dense = (("pooler.dense.weight", (h, h)), ("pooler.dense.bias", (h,)))
-        return Head("first", ("pooler", "classifier"), dense + out, keys.get("pooler_hidden_act", default="gelu"))
+        return Head(
+            "first", ("pooler", "classifier"), dense + out, keys.get("pooler_hidden_act", default="gelu")
+        )
     layout = (
         ("classifier.dense.weight", (d, d)), ("classifier.dense.bias", (d,)),
         ("classifier.out_proj.weight", (0, d)), ("classifier.out_proj.bias", (0,)),
@@ -141,7 +148,10 @@ def distilbert(config: Config) -> Layout:
     d = keys.number("dim", "hidden_size", default=768)
     f = keys.number("hidden_dim", default=3072)
     heads = keys.number("n_heads", "num_attention_heads", default=12)
-    vocab, rows = keys.number("vocab_size", default=30522), keys.number("max_position_embeddings", default=512)
+    vocab, rows = (
+        keys.number("vocab_size", default=30522),
+        keys.number("max_position_embeddings", default=512),
+    )
     head = (
         ("pre_classifier.weight", (d, d)), ("pre_classifier.bias", (d,)),
         ("classifier.weight", (0, d)), ("classifier.bias", (0,)),
@@ -199,7 +209,8 @@ def gpt2(config: Config) -> Layout:
 
 
 def llama(config: Config) -> Layout:
-    """Llama, Mistral, Qwen2 and 3, Gemma 1 to 3: pre-norm, RMSNorm, gated FFN, rotary, grouped-query attention."""
+    """Llama, Mistral, Qwen2 and 3, Gemma 1 to 3: pre-norm, RMSNorm, gated FFN, rotary, grouped-query
+    attention."""
     keys = Keys(config)
     family = str(config["model_type"])
     default = DECODERS[family]
@@ -212,10 +223,15 @@ def llama(config: Config) -> Layout:
     kv_heads = keys.number("num_key_value_heads", default=grouped or heads)
     head_dim = keys.number("head_dim", default=default.get("head_dim") or _head_dim(d, heads))
     if heads % kv_heads:
-        raise SiteError(f"configuration: {heads} attention heads cannot share {kv_heads} heads of keys and values")
+        raise SiteError(
+            f"configuration: {heads} attention heads cannot share {kv_heads} heads of keys and values"
+        )
     a, kv = heads * head_dim, kv_heads * head_dim
     bias = bool(keys.get("attention_bias", default=False)) and family not in ("mistral", "qwen2")
-    in_bias, mlp_bias = bias or family == "qwen2", bool(keys.get("mlp_bias", default=False)) and family == "llama"
+    in_bias, mlp_bias = (
+        bias or family == "qwen2",
+        bool(keys.get("mlp_bias", default=False)) and family == "llama",
+    )
     names = ["input_layernorm", "post_attention_layernorm"]
     if family in ("gemma2", "gemma3_text"):
         names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -244,16 +260,18 @@ def llama(config: Config) -> Layout:
                 "hidden_activation" if gemma else "hidden_act", default=act
             ),
             "norm_kind": "rmsnorm", "positions": "rotary", "attention_interface": True, "position_offset": 0,
-            "max_positions": keys.number("max_position_embeddings", default=default["max_position_embeddings"]),
-            "softcap": config.get("attn_logit_softcapping", default.get("attn_logit_softcapping")),
-            "sliding_window": _window(keys, family),
+            "max_positions": keys.number("max_position_embeddings",
+            default=default["max_position_embeddings"]), "softcap": config.get("attn_logit_softcapping",
+            default.get("attn_logit_softcapping")), "sliding_window": _window(keys, family),
         },
     )  # fmt: skip
 
 
 def _window(keys: Keys, family: str) -> int | None:
     """How far back the layers with a sliding window see; None where no layer has one."""
-    if family in ("llama", "gemma") or (family.startswith("qwen") and not keys.get("use_sliding_window", default=False)):
+    if family in ("llama", "gemma") or (
+        family.startswith("qwen") and not keys.get("use_sliding_window", default=False)
+    ):
         return None
     if "sliding_window" in keys.config:
         return keys.config["sliding_window"]  # type: ignore[no-any-return]
@@ -266,7 +284,9 @@ def _head_dim(d: int, heads: int) -> int:
     return d // heads
 
 
-def _sizes(d: int, f: int, layers: int, heads: int, vocab: int, kv: int | None = None, **more: Any) -> dict[str, Any]:
+def _sizes(
+    d: int, f: int, layers: int, heads: int, vocab: int, kv: int | None = None, **more: Any
+) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return dict(zip(names, (d, f, layers, heads, vocab), strict=True), num_key_value_heads=kv, **more)
 

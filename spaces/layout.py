@@ -39,10 +39,12 @@ class Layout:
     """The modules of a backbone whose layers are alike.
 
     Args:
-        layer: a layer's path with {layer}; the paths in `linears`, `norms`, `kv`, `attention` and `ffn` go on from it.
+        layer: a layer's path with {layer}; the paths in `linears`, `norms`, `kv`, `attention` and `ffn` go
+            on from it.
         attention, ffn: (path whose output is y, path whose first input is x) of the sub-layers.
         outer_linears, outer_norms: outside the layers and on every token, with whole paths.
-        parameters: all of the base model; None where layers, outer modules and `loose` parameters add up to them.
+        parameters: all of the base model; None where layers, outer modules and `loose` parameters add up to
+            them.
         sizes: the remaining fields of the site map.
     """
 
@@ -131,7 +133,9 @@ def _layer(of: Layout, layer: int, stack: str) -> list[Site]:
     return sites + _small(of.linears, of.norms, layer, at, stack)
 
 
-def _small(linears: tuple[Linear, ...], norms: tuple[Norm, ...], layer: int, at: str, stack: str) -> list[Site]:
+def _small(
+    linears: tuple[Linear, ...], norms: tuple[Norm, ...], layer: int, at: str, stack: str
+) -> list[Site]:
     owners = [(m.path, m.d_in, m.d_out, m.transposed) for m in linears if m.bias]
     owners += [(n.path, n.size, n.size, False) for n in norms if n.bias]
     sites = [

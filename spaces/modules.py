@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.layout import Layout, Linear, Norm
-from peftscape.spaces.sites import LINEARS, SUBLAYERS, SiteError
+from peftscape.spaces.sites import LINEARS, SUBLAYERS, Head, SiteError
 from peftscape.spaces.words import nearest
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ PATTERNS = {
     "q": r"(^|\.)(q_proj|q|query|query_proj|q_lin|wq)$",
     "k": r"(^|\.)(k_proj|k|key|key_proj|k_lin|wk)$",
     "v": r"(^|\.)(v_proj|v|value|value_proj|v_lin|wv)$",
-    "o": r"(attn|attention|self)\w*\.(\w+\.)*(o_proj|out_proj|o|out_lin|wo|dense|c_proj)$",
+    "o": r"(attn|attention|self)\w*\.(\w+\.)*(o_proj|out_proj|o|out_lin|[wW]o|dense|c_proj)$",
     "gate": r"(^|\.)(gate_proj|w1|wi_0)$",
     "up": r"(^|\.)(up_proj|fc1|lin1|c_fc|fc_in|wi|wi_1|w3|intermediate\.dense|dense_h_to_4h|ffn)$",
-    "down": r"(^|\.)(down_proj|fc2|lin2|fc_out|wo|w2|ffn_output|dense_4h_to_h)$|^output\.dense$|mlp\.c_proj$",
+    "down":
+    r"(^|\.)(down_proj|fc2|lin2|fc_out|wo|w2|ffn_output|dense_4h_to_h)$|^output\.dense$|mlp\.(c_proj|Wo)$",
 }
 NEEDED = ("q", "k", "v", "o", "up", "down")
 
@@ -34,11 +35,15 @@ def layout_from_modules(config: Mapping[str, Any], overrides: Mapping[str, Any])
     """The layout of the model that AutoModel builds from this configuration, on torch's meta device.
 
     Raises:
-        SiteError: transformers does not know the model, its layers are not alike, or linears match no pattern.
+        SiteError: transformers does not know the model, its layers are not alike, or linears match no
+        pattern.
     """
     model = _build(config)
-    if model.config.is_encoder_decoder:
-        raise SiteError(f"{config.get('model_type')}: encoder-decoder models are not mapped; one stack was expected")
+    settings: Any = model.config
+    if settings.is_encoder_decoder:
+        raise SiteError(
+            f"{config.get('model_type')}: encoder-decoder models are not mapped; one stack was expected"
+        )
     container, layers = _layers(model, overrides)
     first = layers[0]
     linears = _linears(first)
@@ -52,7 +57,7 @@ def layout_from_modules(config: Mapping[str, Any], overrides: Mapping[str, Any])
         if kind not in found and len(matches) == 1 and matches[0] not in taken:
             found[kind] = (matches[0], 0, linears[matches[0]].d_out)
     if not overrides and (missing := [k for k in NEEDED if k not in found]):
-        raise SiteError(_advice(str(config.get("model_type")), missing, at, linears))
+        raise SiteError(_advice(str(config.get("model_type")), missing, at, linears, found))
     return _layout(config, model, at, first, len(layers), linears, found)
 
 
@@ -60,8 +65,10 @@ def _layout(
     config: Mapping[str, Any], model: nn.Module, at: str, first: nn.Module, layers: int,
     linears: dict[str, Linear], found: dict[str, tuple[str, int, int]],
 ) -> Layout:  # fmt: skip
-    settings = model.config
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    settings: Any = model.config
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    weight: Any = embedding.weight
+    vocab, width = (int(n) for n in weight.shape)
     d = int(settings.hidden_size)
     heads = int(settings.num_attention_heads)
     kv_heads = int(getattr(settings, "num_key_value_heads", None) or heads)
@@ -76,8 +83,12 @@ def _layout(
     elif missing := {"inputs_embeds", "position_ids"} - set(inspect.signature(model.forward).parameters):
         refused["input"] = f"this model's forward does not take {' and '.join(sorted(missing))}"
     for kind in (*LINEARS, *SUBLAYERS):
-        if kind not in found and (kind in LINEARS or {"attention": "o", "ffn": "down"}.get(kind, "") not in found):
-            refused[kind] = f'no module of this model is known as its {kind}; map it with [model.sites] {kind} = "..."'
+        if kind not in found and (
+            kind in LINEARS or {"attention": "o", "ffn": "down"}.get(kind, "") not in found
+        ):
+            refused[kind] = (
+                f'no module of this model is known as its {kind}; map it with [model.sites] {kind} = "..."'
+            )
     refused.pop("block", None)
     sited = []
     for path, m in linears.items():
@@ -94,26 +105,33 @@ def _layout(
     outer = tuple(
         _norm(path, m) for path, m in model.named_modules() if _is_norm(m) and not path.startswith(inside)
     )
-    offset = int(settings.pad_token_id) + 1 if _pads_positions(model) else 0
+    outside = tuple(
+        m
+        for p, m in _linears(model).items()
+        if not p.startswith(inside) and "pooler" not in p and "router" not in p
+    )
+    positions, offset = _positions(model)
     longest = getattr(settings, "max_position_embeddings", None)
-    layernorm = all("weight" in dict(m.named_parameters()) and hasattr(m, "normalized_shape") for m in _norms(first))
-    causal = not _is_encoder(first) if interface is not None else bool(getattr(settings, "is_decoder", False))
+    layernorm = all(
+        "weight" in dict(m.named_parameters()) and hasattr(m, "normalized_shape") for m in _norms(first)
+    )
+    causal = _is_causal(str(config.get("model_type")), first, settings)
     down = found.get("down") or found.get("up")
     return Layout(
-        layer=at, layers=layers, d_model=d, embedding_width=int(embedding.weight.shape[1]), linears=tuple(sited),
-        norms=norms, outer_norms=outer, kv=interface or "", heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        attention=sublayer("attention", "o", "q"), ffn=sublayer("ffn", "down", "up"), causal=causal,
-        parameters=sum(p.numel() for p in model.parameters()), refused=refused,
-        sizes={
+        layer=at, layers=layers, d_model=d, embedding_width=width, linears=tuple(sited),
+        norms=norms, outer_norms=outer, outer_linears=outside, kv=interface or "", heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, attention=sublayer("attention", "o", "q"), ffn=sublayer("ffn",
+        "down", "up"), causal=causal, parameters=sum(p.numel() for p in model.parameters()), refused=refused,
+        head=_head(config, model), sizes={
             "family": str(config.get("model_type")),
             "d_ff": linears[down[0]].d_in if down and down is found.get("down") else 4 * d,
-            "vocab": int(embedding.weight.shape[0]), "prefix": str(getattr(model, "base_model_prefix", "")),
+            "vocab": vocab, "prefix": str(getattr(model, "base_model_prefix", "")),
             "embedding": name.get(id(embedding), ""),
-            "activation": next((v for k in ACTIVATIONS if isinstance(v := getattr(settings, k, None), str)), "gelu"),
-            "norm_kind": "layernorm" if layernorm else "rmsnorm", "position_offset": offset,
-            "positions": "relative" if "input" in refused and relative else "unknown",
-            "max_positions": int(longest) - offset if longest else None, "attention_interface": interface is not None,
-            "softcap": getattr(settings, "attn_logit_softcapping", None),
+            "activation": next((v for k in ACTIVATIONS if isinstance(v := getattr(settings, k, None), str)),
+            "gelu"), "norm_kind": "layernorm" if layernorm else "rmsnorm", "position_offset": offset,
+            "positions": "relative" if relative else positions, "norm_place": "pre" if causal else "post",
+            "max_positions": int(longest) - offset if longest else None, "attention_interface": interface is
+            not None, "softcap": getattr(settings, "attn_logit_softcapping", None),
             "sliding_window": getattr(settings, "sliding_window", None),
         },
     )  # fmt: skip
@@ -122,21 +140,24 @@ def _layout(
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def _build(config: Mapping[str, Any], kind: Any = None) -> nn.Module:
     import torch
     from transformers import AutoConfig, AutoModel
 
     settings = dict(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+            built = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            model: nn.Module = (kind or AutoModel).from_config(built)
     except (KeyError, ValueError) as error:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-        kind = str(config.get("model_type"))
-        if kind not in CONFIG_MAPPING_NAMES:
-            raise SiteError(f'transformers knows no model "{kind}"{nearest(kind, CONFIG_MAPPING_NAMES)}') from None
-        raise SiteError(f"transformers cannot build this {kind}: {error}") from None
+        name = str(config.get("model_type"))
+        if name not in CONFIG_MAPPING_NAMES:
+            raise SiteError(
+                f'transformers knows no model "{name}"{nearest(name, CONFIG_MAPPING_NAMES)}'
+            ) from None
+        raise SiteError(f"transformers cannot build this {name}: {error}") from None
     return model
 
 
@@ -150,9 +171,16 @@ def _layers(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[str, list[n
     if len(wanted) > 1:
         raise SiteError(f"[model.sites]: one list of layers was expected, not {', '.join(sorted(wanted))}")
     count = getattr(model.config, "num_hidden_layers", None)
-    stacks = {p: m for p, m in stacks.items() if p in wanted or (not wanted and len(m) == count and _linears(m[0]))}
+    stacks = {
+        p: m for p, m in stacks.items() if p in wanted or (not wanted and len(m) == count and _linears(m[0]))
+    }
     if not stacks:
-        raise SiteError(f"no list of {count} layers with linears; modules: {', '.join(n for n, _ in model.named_children())}")
+        seen = dict.fromkeys(re.sub(r"\.\d+\.", ".{n}.", path) for path in _linears(model))
+        shown = "".join(f"\n  {path}" for path in list(seen)[:24])
+        raise SiteError(
+            f"no list of {count} layers with linears, so there is nothing that [model.sites] could map by {{layer}};"
+            f" linears:{shown or ' none'}"
+        )
     return min(stacks.items(), key=lambda item: item[0].count("."))
 
 
@@ -197,22 +225,33 @@ def _overridden(
     return found
 
 
-def _advice(family: str, missing: list[str], at: str, linears: dict[str, Linear]) -> str:
+def _advice(
+    family: str,
+    missing: list[str],
+    at: str,
+    linears: dict[str, Linear],
+    found: dict[str, tuple[str, int, int]],
+) -> str:
     seen = "\n".join(f"  {at}.{m.path}  ({m.d_in} -> {m.d_out})" for m in linears.values())
-    example = next(iter(linears), "attention.q_proj")
+    text = f"{family}: no linear of a layer is known as {', '.join(missing)}. A layer has\n{seen}\n"
+    taken = {path for path, _, _ in found.values()}
+    free = [m for m in linears.values() if m.path not in taken]
+    if free:
+        d = free[0].d_out
+        example = f'{missing[0]} = "{at}.{free[0].path}"  # or columns of a fused linear: "{at}.{free[0].path}[0:{d // 3}]"'
+    else:
+        kind, (path, _, _) = next(iter(found.items()), ("q", ("attention.q_proj", 0, 0)))
+        example = f'{kind} = "{at}.{path}"'
     return (
-        f"{family}: no linear of a layer is known as {', '.join(missing)}. A layer has\n{seen}\n"
-        f'Map them by hand, columns of a fused linear included:\n[model.sites]\n{missing[0]} = "{at}.{example}"'
-        f'  # or "{at}.{example}[0:{linears[example].d_out // 3}]"'
+        text
+        + f"Map them by hand; sites that are neither named nor known are refused:\n[model.sites]\n{example}"
     )
 
 
 def _calls_interface(layer: nn.Module) -> str | None:
-    """The path, within a layer, of the module whose forward goes through transformers' attention interface."""
-    for path, m in layer.named_modules():
-        if "ALL_ATTENTION_FUNCTIONS" in _source(m):
-            return path
-    return None
+    """The path, within a layer, of the module whose forward goes through transformers' attention
+    interface.""" return next((str(p) for p, m in layer.named_modules() if "ALL_ATTENTION_FUNCTIONS" in
+    _source(m)), None)
 
 
 def _source(module: nn.Module) -> str:
@@ -222,13 +261,55 @@ def _source(module: nn.Module) -> str:
         return ""
 
 
-def _is_encoder(layer: nn.Module) -> bool:
-    return all(getattr(m, "is_causal", True) is False for m in layer.modules() if hasattr(m, "is_causal"))
+def _is_causal(family: str, layer: nn.Module, settings: Any) -> bool:
+    flags = [bool(m.is_causal) for m in layer.modules() if hasattr(m, "is_causal")]
+    if flags:
+        return any(flags)
+    from transformers.models.auto import modeling_auto as auto
+
+    decoder = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return bool(getattr(settings, "is_decoder", False)) or (decoder and not masked)
 
 
-def _pads_positions(model: nn.Module) -> bool:
-    embeddings = getattr(model, "embeddings", None)
-    return any(hasattr(m, "create_position_ids_from_input_ids") for m in (model, embeddings))
+def _positions(model: nn.Module) -> tuple[str, int]:
+    """How tokens know their places, and what explicit position ids start from."""
+    for path, m in model.named_modules():
+        if re.search(r"(^|\.)(\w*position\w*|wpe)$", path) and hasattr(m, "num_embeddings"):
+            # RoBERTa and its kin keep the padding token's row free and count from the next.
+            padding = getattr(m, "padding_idx", None)
+            return "absolute", 0 if padding is None else int(padding) + 1
+    return ("rotary" if any("Rotary" in type(m).__name__ for m in model.modules()) else "unknown"), 0
+
+
+def _head(config: Mapping[str, Any], base: nn.Module) -> Head | None:
+    """transformers' own classification head where it has one of the usual three forms."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model = _build(config, AutoModelForSequenceClassification)
+    except SiteError:
+        return None
+    prefix = str(getattr(base, "base_model_prefix", "")) + "."
+    own = {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(prefix)}
+    outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    def layout(*names: str) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
+        if set(own) != set(names) or own[names[-1]][0] != outputs:
+            return None
+        last = names[-1].rsplit(".", 1)[0]
+        return tuple((n, (0, *own[n][1:]) if n.startswith(last) else own[n]) for n in names)
+
+    if score := layout("score.weight"):
+        return Head("last", ("score",), score)
+    if flat := layout("classifier.weight", "classifier.bias"):
+        return Head("pooler", ("classifier",), flat) if hasattr(base, "pooler") else None
+    parts = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
+    if deep := layout(*(f"classifier.{part}" for part in parts)):
+        source = _source(model.classifier)  # type: ignore[arg-type]
+        if "[:, 0, :]" in source and ("tanh" in source) != ("gelu" in source):
+            return Head("first", ("classifier",), deep, "tanh" if "tanh" in source else "gelu")
+    return None
 
 
 def _norms(layer: nn.Module) -> list[nn.Module]:
@@ -241,4 +322,4 @@ def _is_norm(m: nn.Module) -> bool:
 
 
 def _norm(path: str, m: nn.Module) -> Norm:
-    return Norm(path, int(m.weight.numel()), getattr(m, "bias", None) is not None)  # type: ignore[operator, arg-type]
+    return Norm(path, int(m.weight.numel()), getattr(m, "bias", None) is not None)  # type: ignore[operator]

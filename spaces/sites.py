@@ -1,7 +1,8 @@
 """Sites: the places of a backbone that can be adapted, known from its configuration before anything is built.
 
 `site_map` reads a configuration as JSON and imports neither torch nor transformers for the families of
-`peftscape.spaces.families`; other models are built without weights and matched by name (`peftscape.spaces.modules`).
+`peftscape.spaces.families`; other models are built without weights and matched by name
+(`peftscape.spaces.modules`).
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ class Site:
     """One place of a backbone: a module whose output y a method may change, given x, what the place reads.
 
     Args:
-        kind: a linear (`q k v o gate up down`); a sub-layer (`attention ffn`: y is the output projection's output
-            before the residual sum, x what the sub-layer reads; `block`: y is the layer's output, x its input); `kv`
-            (keys and values: `d_in` the queries' width, `d_out` that of keys and of values); `input` (the embedded
-            sequence); `bias` and `norm` (one for each bias parameter and each norm); `model` (all of the backbone).
+        kind: a linear (`q k v o gate up down`); a sub-layer (`attention ffn`: y is the output projection's
+            output before the residual sum, x what the sub-layer reads; `block`: y is the layer's output, x
+            its input); `kv` (keys and values: `d_in` the queries' width, `d_out` that of keys and of
+            values); `input` (the embedded sequence); `bias` and `norm` (one for each bias parameter and each
+            norm); `model` (all of the backbone).
         layer: from 0; -1 outside the layers.
-        path: the module inside AutoModel's base model whose output is y; empty for `input` and `model`. For `kv`
-            the module that calls transformers' attention interface.
+        path: the module inside AutoModel's base model whose output is y; empty for `input` and `model`. For
+            `kv` the module that calls transformers' attention interface.
         source: the module whose first input is x, where that is not `path`.
         transposed: the weight lies as d_in x d_out (GPT-2's Conv1D).
         span: the output columns [start, stop) of a fused linear that this site owns.
@@ -59,8 +61,8 @@ class Head:
     """transformers' own sequence-classification head: linears on one pooled vector, trained for each lane.
 
     Args:
-        pooling: `pooler` (the backbone's frozen pooler), `first` (the state of token 0) or `last` (of the last real
-            token).
+        pooling: `pooler` (the backbone's frozen pooler), `first` (the state of token 0) or `last` (of the
+            last real token).
         modules: names in the ForSequenceClassification class whose parameters train with the head.
         layout: (name in the class's state dict, shape) in the order of computation; 0 stands for the outputs.
         activation: between the two linears, as transformers' ACT2FN names it; None where there is one linear.
@@ -84,8 +86,8 @@ class Relative:
         rows: of the table that is read.
         terms: products of queries or keys with the projected table (c2p, p2c).
         projections: linears of a layer that project the table, once for a whole batch.
-        through: the kinds of the sites whose own linears do that (share_att_key). Such a module is called twice in a
-            forward, and its second input, 1 x rows x d, belongs to no lane.
+        through: the kinds of the sites whose own linears do that (share_att_key). Such a module is called
+            twice in a forward, and its second input, 1 x rows x d, belongs to no lane.
     """
 
     rows: int
@@ -108,7 +110,8 @@ class SiteMap:
             `sliding_window` are what it hands over besides the usual.
         refused: kinds that this backbone has no sites of, and why.
         prefix: the base model's name within the task classes; `embedding`: the word embedding's path.
-        norm_place: `pre` (x is the normed input of a sub-layer) or `post` (the norm follows the residual sum).
+        norm_place: `pre` (x is the normed input of a sub-layer) or `post` (the norm follows the residual
+            sum).
         layer_products, outer_products: weights multiplied for each token in one layer, and outside the layers
             (mapped to sites or not): a product costs 2 FLOPs. `relative` likewise.
     """
@@ -151,8 +154,8 @@ class SiteMap:
     def select(self, kinds: Iterable[str], layers: Iterable[int]) -> tuple[Site, ...]:
         """The sites of these kinds in these layers, in the model's order.
 
-        What lies outside the layers comes with `input` and `model`, which are nowhere else, and otherwise with layer
-        -1 or with all layers together (a BitFit on all layers trains the embeddings' bias too).
+        What lies outside the layers comes with `input` and `model`, which are nowhere else, and otherwise
+        with layer -1 or with all layers together (a BitFit on all layers trains the embeddings' bias too).
 
         Raises:
             SiteError: a kind that is unknown or refused, a layer that is not there.
@@ -172,9 +175,7 @@ class SiteMap:
         )
 
 
-def site_map(
-    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> SiteMap:
+def site_map(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> SiteMap:
     """The site map of a model, from its configuration.
 
     Args:
@@ -182,7 +183,8 @@ def site_map(
         overrides: a TOML table `[model.sites]`, kind = pattern with {layer}; see `site_map_from_modules`.
 
     Raises:
-        SiteError: no configuration there, a key of it is missing or impossible, or modules that match no pattern.
+        SiteError: no configuration there, a key of it is missing or impossible, or modules that match no
+        pattern.
     """
     from peftscape.spaces.families import FAMILIES
     from peftscape.spaces.layout import assemble
@@ -199,8 +201,9 @@ def site_map_from_modules(
 ) -> SiteMap:
     """The site map of any model that AutoModel can build, from its modules, built without weights.
 
-    Linears are matched by well-known names. `overrides` maps what is not: `q = "layers.{layer}.attn.q_proj"` for the
-    linears and for `attention`, `ffn` and `block`; `"layers.{layer}.attn.qkv[0:768]"` takes columns of a fused one.
+    Linears are matched by well-known names. `overrides` maps what is not: `q = "layers.{layer}.attn.q_proj"`
+    for the linears and for `attention`, `ffn` and `block`; `"layers.{layer}.attn.qkv[0:768]"` takes columns
+    of a fused one.
 
     Raises:
         SiteError: with the modules of a layer and how to map them.

@@ -1,0 +1,82 @@
+"""Notes: what a study's figures can and cannot show, and what it cost to make them."""
+
+import math
+
+from peftscape.analysis import units
+from peftscape.analysis.noise import smallest_difference
+from peftscape.analysis.sources import Study
+from peftscape.spaces.record import Record
+
+
+def spent(study: Study) -> list[tuple[str, str]]:
+    """What the search cost to run."""
+    records = study.records
+    work = sum(r.costs.train_flops * r.curve[-1][0] for r in records if r.costs and r.curve)
+    seeds = [score for record in records for score in record.retests]
+    spent = [
+        ("Trials", f"{len(records):,}"),
+        ("From the first start to the last end", units.seconds(study.elapsed_s)),
+        ("Sum of the trials' own times (lanes overlap)", units.seconds(sum(r.wall_s for r in records))),
+        ("Training work, counted as if each trained alone", units.amount(work, "FLOP") if work else "–"),
+        ("Retests", f"{len(seeds):,} of {sum(bool(r.retests) for r in records):,} designs"),
+        ("Sum of the retests' times", units.seconds(sum(score.wall_s for score in seeds))),
+    ]
+    return [(name, value) for name, value in spent if value != "–"]
+
+
+def notes(study: Study) -> list[str]:
+    """What the figures can and cannot show, with the numbers of this study."""
+    complete = [record for record in study.records if record.state == "complete"]
+    retested = [record for record in complete if record.retests]
+    found = [
+        "Designs were selected by validation scores alone. The best of many looks better in validation than "
+        "it is; the test scores come from retests on data that no selection saw, and the front was not "
+        "formed again on them."
+    ]
+    if not complete:
+        return ["No trial is complete, so there is no front yet."]
+    seeds = sorted({len(record.retests) for record in retested})
+    if not retested:
+        found.append(
+            "No design was retested: every score is of the seeds of its one trial, on validation data."
+        )
+    else:
+        span = f"{seeds[0]} to {seeds[-1]} further" if len(seeds) > 1 else f"{seeds[0]} further"
+        found.append(
+            f"{len(retested)} designs were retested with {span} seed{'s' if seeds != [1] else ''} each. "
+            "A test interval is a 95 % t-interval of the mean over seeds: it holds the luck of training, not "
+            "of which test examples were drawn."
+        )
+        gaps = [record.validation - record.test for record in retested if math.isfinite(record.test)]
+        if gaps:
+            found.append(
+                f"In validation these designs scored {math.fsum(gaps) / len(gaps):+.3f} against their own "
+                "test means, on average: what selecting the best adds, and how the two sets differ."
+            )
+        found += _resolution(retested)
+    sizes = sorted({record.n_validation for record in complete if record.n_validation})
+    if sizes:
+        found.append(
+            f"Validation has {' or '.join(f'{n:,}' for n in sizes)} examples. Bars on the front are the 95 % "
+            "interval that this number leaves (Wilson's for shares); they say nothing about seeds."
+        )
+    found.append(
+        "A design's costs are its costs when trained alone, whatever shared its cohort. Seconds are a note "
+        "of what happened on this machine, not a cost."
+    )
+    return found
+
+
+def _resolution(retested: list[Record]) -> list[str]:
+    """What difference the test set's size can show at all, for metrics that are shares."""
+    sizes = {score.n_test for record in retested for score in record.retests if score.n_test}
+    best = max((record.test for record in retested if math.isfinite(record.test)), default=math.nan)
+    if len(sizes) != 1 or not 0 < best < 1 or retested[0].metric not in ("accuracy", "balanced_accuracy"):
+        return []
+    n = sizes.pop()
+    alike, apart = (100 * smallest_difference(n, best, correlation=c) for c in (0.5, 0.0))
+    return [
+        f"The test set has {n:,} examples. At a score of {best:.3f} it shows a difference between two "
+        f"designs only from about {alike:.1f} points ({apart:.1f} if they err independently): "
+        "1.96 √(2p(1 − p)(1 − ρ)/n) with ρ = 0.5. Designs closer than that are not told apart by this test."
+    ]

@@ -1,0 +1,254 @@
+"""An adapter's folder on disk: `design.json`, and its tensors as safetensors. Nothing in it is ever executed.
+
+`design.json` says what the tensors mean and which backbone they belong to. It is written last, with the size
+and SHA-256 of the tensors' file, so that a folder whose writing was interrupted is told from a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftscape.search.fingerprint import describe
+from peftscape.search.lane import HEAD, declared_tensors
+from peftscape.spaces.design import Design
+from peftscape.spaces.words import InputError
+
+if TYPE_CHECKING:
+    from peftscape.search.backbone import Backbone
+    from peftscape.search.head import Head, HeadKind
+
+SCHEMA = 1
+CARD = "design.json"
+TENSORS: dict[Format, str] = {"peftscape": "adapter.safetensors", "peft": "adapter_model.safetensors"}
+#: What either format writes; the files of the other one go when a folder is written again.
+OWNED = (CARD, *TENSORS.values(), "adapter_config.json", "README.md")
+
+Format = Literal["peft", "peftscape"]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What an adapter is, beside its tensors.
+
+    Args:
+        head, outputs: the head's kind and width (1 for regression).
+        labels: class names by id; empty for regression.
+        max_length: tokens of a text, special tokens included; longer ones are cut.
+        metric, task: what it was chosen by, and anything in JSON to know it by; for people alone.
+    """
+
+    design: Design
+    head: HeadKind
+    outputs: int
+    max_length: int
+    labels: tuple[str, ...] = ()
+    metric: str | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels) != self.outputs:
+            raise ValueError(f"{len(self.labels)} labels for a head with {self.outputs} outputs")
+
+
+def save(
+    tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: Head, directory: str | Path
+) -> Path:
+    """Write an adapter in peftscape's own format, which holds every design.
+
+    A masked tensor is stored as its kept values and one bit an entry: the file is as small as it claims.
+
+    Args:
+        tensors: those of a lane (`Lane.adapter()`), head included.
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: the tensors are not those of the design, or hold values that are not finite.
+    """
+    stored: dict[str, Tensor] = {}
+    shapes, masked = declared(card.design, backbone, head)
+    check(tensors, shapes, str(directory))
+    for key in shapes:
+        value = tensors[key].detach().cpu().contiguous()
+        if key in masked:
+            kept = value != 0
+            bits = np.packbits(kept.reshape(-1).numpy())
+            stored |= {f"{key}.kept": value[kept], f"{key}.mask": torch.from_numpy(bits)}
+        else:
+            stored[key] = value
+    return write(directory, "peftscape", stored, card, backbone, {})
+
+
+def unpack(
+    stored: Mapping[str, Tensor], design: Design, backbone: Backbone, head: Head, where: str
+) -> dict[str, Tensor]:
+    """The tensors of a lane from those that `save` stored. Raises InputError with all that does not fit."""
+    shapes, masked = declared(design, backbone, head)
+    tensors = {key: value for key, value in stored.items() if not key.endswith((".kept", ".mask"))}
+    for key in masked:
+        values, bits = stored.get(f"{key}.kept"), stored.get(f"{key}.mask")
+        if values is None or bits is None:
+            continue  # said below: it is missing
+        size = int(np.prod(shapes[key]))
+        kept = torch.from_numpy(np.unpackbits(bits.numpy(), count=size)).bool()
+        if bits.dtype != torch.uint8 or 8 * bits.numel() < size or int(kept.sum()) != values.numel():
+            raise InputError(where, [f"{key}: a mask of {size} bits with as many values was expected"])
+        tensors[key] = torch.zeros(size, dtype=values.dtype).masked_scatter(kept, values).view(shapes[key])
+    check(tensors, shapes, where)
+    return tensors
+
+
+def declared(design: Design, backbone: Backbone, head: Head) -> tuple[Shapes, set[str]]:
+    """The shapes of a lane's tensors by key, and which of them are masked."""
+    masked = set()
+    shapes: Shapes = {}
+    for key, placement, tensor in declared_tensors(design, backbone):
+        shapes[key] = tensor.shape
+        if placement.maskable(tensor):
+            masked.add(key)
+    return shapes | {f"{HEAD}/{name}": shape for name, shape in head.shapes.items()}, masked
+
+
+def check(tensors: Mapping[str, Tensor], shapes: Shapes, where: str) -> None:
+    """Compare names, shapes and finiteness. Raises InputError with all that is wrong."""
+    errors = [
+        f"{key}: missing; {_by(shape)} was expected" for key, shape in shapes.items() if key not in tensors
+    ]
+    errors += [f"{key}: the design has no such tensor" for key in tensors if key not in shapes]
+    for key in shapes.keys() & tensors.keys():
+        value = tensors[key]
+        if tuple(value.shape) != shapes[key]:
+            errors.append(f"{key}: {_by(tuple(value.shape))}, {_by(shapes[key])} was expected")
+        elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            errors.append(f"{key}: finite numbers were expected")
+    if errors:
+        raise InputError(where, errors)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def write(
+    directory: str | Path, form: Format, stored: Mapping[str, Tensor], card: Card, backbone: Backbone,
+    texts: Mapping[str, str],
+) -> Path:  # fmt: skip
+    """Write the tensors, the tokenizer, further `texts` by file name, and at last `design.json`."""
+    from safetensors.torch import save as to_bytes
+
+    raw: bytes = to_bytes(dict(stored), metadata={"format": "pt"})
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OWNED:  # the card first: from here until it is back the folder says that it is not whole
+        (folder / name).unlink(missing_ok=True)
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(str(folder))
+    for name, text in texts.items():
+        _replace(folder / name, text.encode())
+    _replace(folder / TENSORS[form], raw)
+    value = {
+        "schema": SCHEMA,
+        "format": form,
+        "label": card.design.label,
+        "digest": card.design.digest,
+        "design": card.design.json(),
+        "head": {"kind": card.head, "outputs": card.outputs},
+        "labels": list(card.labels),
+        "max_length": card.max_length,
+        "metric": card.metric,
+        "task": dict(card.task),
+        "backbone": describe(backbone, card.head),
+        "tensors": {"file": TENSORS[form], "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("peftscape", "torch", "transformers", "safetensors")},
+    }
+    _replace(folder / CARD, (json.dumps(value, indent=2) + "\n").encode())
+    return folder
+
+
+def _replace(path: Path, raw: bytes) -> None:
+    """Write a whole file or none of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
+    """What `design.json` says, checked, and all of it as it stands there.
+
+    Raises:
+        InputError: it is missing, not JSON, newer than this version, incomplete or changed by hand.
+    """
+    path = Path(directory) / CARD
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        expected = "a folder written by peftscape's export was expected, or its writing was interrupted"
+        raise InputError(str(directory), [f"no {CARD} in it: {expected}"]) from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
+    if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
+        raise InputError(str(path), ['no number "schema": not a design.json that peftscape wrote'])
+    if value["schema"] > SCHEMA:
+        newer = f"schema {value['schema']} is of a newer peftscape; this one reads up to {SCHEMA}"
+        raise InputError(str(path), [newer])
+    try:
+        digest = hashlib.sha256(json.dumps(value["design"], sort_keys=True).encode()).hexdigest()[:16]
+        if digest != value["digest"]:
+            wrong = (
+                f"the design has the digest {digest}, {value['digest']} was expected: it was changed by hand"
+            )
+            raise InputError(str(path), [wrong])
+        card = Card(
+            design=Design.from_json(value["design"], where=str(path)),
+            head=value["head"]["kind"], outputs=int(value["head"]["outputs"]), labels=tuple(value["labels"]),
+            max_length=int(value["max_length"]), metric=value["metric"], task=value["task"],
+        )  # fmt: skip
+        _ = [value[k] for k in ("format", "backbone", "tensors")], value["backbone"]["source"]
+    except (KeyError, TypeError) as error:
+        raise InputError(str(path), [f"{error}: missing or of the wrong type"]) from None
+    if card.head not in ("class", "mean") or value["format"] not in TENSORS:
+        raise InputError(str(path), [f'head "{card.head}" or format "{value["format"]}" is unknown'])
+    return card, value
+
+
+def read_tensors(directory: str | Path, value: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder as they are stored. Raises InputError if the file is not the one written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(directory) / TENSORS[value["format"]]
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), [f"it cannot be read: {error.strerror}"]) from None
+    size, sha = value["tensors"]["bytes"], value["tensors"]["sha256"]
+    if len(raw) != size:
+        short = "it was cut short" if len(raw) < size else f"it is not the file that {CARD} describes"
+        raise InputError(str(path), [f"{len(raw):,} bytes, {size:,} were expected: {short}"])
+    if hashlib.sha256(raw).hexdigest() != sha:
+        raise InputError(str(path), [f"its SHA-256 is not the one in {CARD}: it was changed or damaged"])
+    try:
+        tensors: dict[str, Tensor] = load(raw)
+    except SafetensorError as error:
+        raise InputError(str(path), [f"not safetensors: {error}"]) from None
+    return tensors

@@ -1,0 +1,128 @@
+"""The winner in a format that other tools load: HF peft's where it can express the design, else our own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftscape.search.adapter import Adapter
+from peftscape.search.adapter_folder import (
+    Card,
+    Format,
+    check,
+    declared,
+    read_card,
+    read_tensors,
+    save,
+    unpack,
+    write,
+)
+from peftscape.search.backbone import Backbone
+from peftscape.search.fingerprint import differences
+from peftscape.search.head import Head
+from peftscape.search.peft_format import InexpressibleError, peft_form
+from peftscape.spaces.words import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Adapter", "Card", "Exported", "export", "load", "save"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote: the folder, in which format, and why in that one."""
+
+    directory: Path
+    format: Format
+    reason: str
+
+
+def export(
+    tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: Head, directory: str | Path
+) -> Exported:
+    """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads, or else in our own format.
+
+    peft's folder holds LoRA on any linears, (IA)^3, a prefix on all layers, or a prompt where the classifier
+    pools the last token, with the transformers class's own head; its logits equal ours. `load` reads both.
+
+    Args:
+        tensors: those of a lane (`Lane.adapter()`), head included; masked LoRA is written with its zeros.
+
+    Raises:
+        InputError: the tensors are not those of the design, or hold values that are not finite.
+    """
+    try:
+        form = peft_form(card, backbone, head)
+    except InexpressibleError as why:
+        return Exported(save(tensors, card, backbone, head, directory), "peftscape", str(why))
+    check(tensors, declared(card.design, backbone, head)[0], str(directory))
+    texts = {
+        "adapter_config.json": json.dumps(form.config, indent=2) + "\n",
+        "README.md": _readme(card, backbone, form.note),
+    }
+    folder = write(directory, "peft", form.to_peft(tensors), card, backbone, texts)
+    return Exported(folder, "peft", form.note)
+
+
+def load(
+    directory: str | Path, *, model: Backbone | str | Path | None = None, device: str = "cpu"
+) -> Adapter:
+    """An adapter that `export` or `save` wrote, ready to predict.
+
+    Args:
+        model: its backbone, or where to load it from; by default where it came from in training.
+
+    Raises:
+        InputError: the folder is not whole, or the backbone is not the one that the adapter was trained on.
+    """
+    card, value = read_card(directory)
+    backbone = model if isinstance(model, Backbone) else None
+    if backbone is None:
+        source = str(model or value["backbone"]["source"])
+        if not source:
+            raise InputError(str(directory), ["its backbone came from no folder: hand one over as model="])
+        backbone = Backbone.load(source, dtype=value["backbone"]["dtype"], device=device)
+    errors = differences(value, backbone, card.head) or card.design.check(backbone.sites)
+    if errors:
+        raise InputError(str(directory), errors)
+    head = Head(backbone, kind=card.head, outputs=card.outputs)
+    stored = read_tensors(directory, value)
+    if value["format"] == "peft":
+        shapes, _ = declared(card.design, backbone, head)
+        tensors = peft_form(card, backbone, head).from_peft(stored, shapes, str(directory))
+    else:
+        tensors = unpack(stored, card.design, backbone, head, str(directory))
+    return Adapter(card, backbone, head, {key: tensor.to(device) for key, tensor in tensors.items()})
+
+
+def _readme(card: Card, backbone: Backbone, note: str) -> str:
+    """How to load the folder with HF peft."""
+    labels = f"Labels by id: {', '.join(card.labels)}.\n\n" if card.labels else ""
+    pad = ""
+    if backbone.sites.head is not None and backbone.sites.head.pooling == "last":
+        pad = (
+            "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token\n"
+            "base.config.pad_token_id = tokenizer.pad_token_id\n"
+        )
+    return f"""---
+library_name: peft
+base_model: {backbone.source}
+---
+
+{card.design.label}: {note}. Made by peftscape; `peftscape.load` reads this folder too.
+
+{labels}```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+base = AutoModelForSequenceClassification.from_pretrained({backbone.source!r}, num_labels={card.outputs})
+{pad}model = PeftModel.from_pretrained(base, "THIS FOLDER").eval()
+```
+
+Texts are cut at {card.max_length} tokens.
+"""

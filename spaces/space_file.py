@@ -1,0 +1,190 @@
+"""A space as TOML: read, checked against the backbone, all errors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from peftscape.spaces.design import SCORES, Training
+from peftscape.spaces.knobs import Choice, Domain, Range, domain_from_toml
+from peftscape.spaces.layers import WORDS, LayerChoice
+from peftscape.spaces.methods import methods
+from peftscape.spaces.presets import preset
+from peftscape.spaces.space import Option, Slot, Space
+from peftscape.spaces.words import InputError, nearest
+
+if TYPE_CHECKING:
+    from peftscape.spaces.sites import SiteMap
+
+SPACE_KEYS = ("name", "about", "preset", "layers", "training", "slots")
+SLOT_KEYS = ("name", "optional", "options")
+
+
+def read_space(table: str | Mapping[str, Any], sites: SiteMap) -> Space:
+    """A space from a preset's name or from a table; `preset` in a table names what it starts from.
+
+    Options whose sites this backbone refuses are dropped and listed in `Space.dropped`; a choice of sites keeps
+    those that it has.
+
+    Raises:
+        InputError: with all that is wrong.
+    """
+    own: Mapping[str, Any] = preset(table) if isinstance(table, str) else table
+    if "preset" in own:
+        own = {**preset(str(own["preset"])), **{k: v for k, v in own.items() if k != "preset"}}
+    return _Reader(sites).space(own)
+
+
+class _Reader:
+    def __init__(self, sites: SiteMap) -> None:
+        self.sites = sites
+        self.errors: list[str] = []
+        self.dropped: list[str] = []
+
+    def space(self, table: Mapping[str, Any]) -> Space:
+        self._unknown(table, SPACE_KEYS, "")
+        shared = self._layers(table["layers"], "layers") if "layers" in table else None
+        training = self._training(table.get("training", {}))
+        rows = table.get("slots", [])
+        if not isinstance(rows, list) or not rows:
+            self.errors.append("slots: a list of tables was expected")
+            rows = []
+        names = [
+            o.get("method")
+            for row in rows
+            if isinstance(row, Mapping)
+            for o in row.get("options", [])
+            if isinstance(o, Mapping)
+        ]
+        slots = [self._slot(row, f"slots[{i}]", names, shared is not None) for i, row in enumerate(rows)]
+        if self.errors:
+            raise InputError("space", self.errors)
+        return Space(
+            name=str(table.get("name", "space")),
+            slots=tuple(s for s in slots if s is not None and s.options),
+            sites=self.sites,
+            layers=shared,
+            training=training,
+            dropped=tuple(self.dropped),
+        )
+
+    def _slot(self, row: Any, at: str, names: list[Any], shared: bool) -> Slot | None:
+        if not isinstance(row, Mapping) or not isinstance(row.get("options"), list):
+            self.errors.append(f"{at}: a table with name and options was expected")
+            return None
+        self._unknown(row, SLOT_KEYS, f"{at}.")
+        name = str(row.get("name", at))
+        options = []
+        for i, option in enumerate(row["options"]):
+            where = f"{at}.options[{i}]"
+            method = option.get("method") if isinstance(option, Mapping) else None
+            if method not in methods():
+                self.errors.append(f'{where}.method: no method "{method}"{nearest(str(method), methods())}')
+                continue
+            prefix = str(method) if names.count(method) == 1 else f"{name}.{method}"
+            found = self._option(option, where, prefix, shared)
+            options += [found] if found else []
+        return Slot(name=name, options=tuple(options), optional=bool(row.get("optional", False)))
+
+    def _option(self, row: Mapping[str, Any], at: str, name: str, shared: bool) -> Option | None:
+        kind = methods()[row["method"]]
+        defaults = kind().knobs()
+        own = {k: v for k, v in row.items() if k not in ("method", "sites", "layers", "mask")}
+        self._unknown(own, (*defaults, "method", "sites", "layers", "mask"), f"{at}.")
+        knobs = {k: self._value(v, f"{at}.{k}") for k, v in own.items() if k in defaults}
+        domains = kind.domains()
+        for knob, value in knobs.items():
+            for end in value.ends() if isinstance(value, Domain) else (value,):
+                if isinstance(domains.get(knob), Choice):
+                    self._inside(domains[knob], end, f"{at}.{knob}")
+                elif type(end) is not type(defaults[knob]) and not isinstance(end, (int, float)):
+                    self.errors.append(f"{at}.{knob}: {type(defaults[knob]).__name__} expected, not {end!r}")
+        sites = self._sites(row.get("sites", list(kind.default_sites)), kind.name, kind.sites, at)
+        layers = None
+        if not shared:
+            layers = self._layers(row.get("layers", "all"), f"{at}.layers")
+        elif "layers" in row:
+            self.errors.append(f"{at}.layers: the whole space shares its layers")
+        mask = self._mask(row["mask"], f"{at}.mask") if "mask" in row else None
+        if sites is None:
+            return None
+        return Option(name=name, method=kind.name, sites=sites, layers=layers, knobs=knobs, mask=mask)
+
+    def _sites(self, value: Any, method: str, known: frozenset[str], at: str) -> Any:
+        """A constant or a choice of lists of sites, without what this backbone has not; None if nothing is left."""
+        value = self._value(value, f"{at}.sites")
+        lists = value.values if isinstance(value, Choice) else (value,)
+        kept = []
+        for names in lists:
+            if not isinstance(names, (list, tuple)):
+                self.errors.append(f"{at}.sites: a list of names was expected, not {names!r}")
+                continue
+            for name in names:
+                if name not in known:
+                    self.errors.append(f'{at}.sites: {method} cannot adapt "{name}"{nearest(str(name), known)}')
+            there = tuple(n for n in names if n in self.sites.kinds)
+            if there and there not in kept:
+                kept.append(there)
+            for name in names:
+                if name in self.sites.refused:
+                    self.dropped.append(f"{method} on {name}: {self.sites.refused[name]}")
+        if not kept:
+            return None
+        return Choice(tuple(kept)) if isinstance(value, Choice) else kept[0]
+
+    def _mask(self, row: Any, at: str) -> tuple[Any, Any] | None:
+        if not isinstance(row, Mapping):
+            self.errors.append(f"{at}: a table with sparsity and score was expected")
+            return None
+        self._unknown(row, ("sparsity", "score"), f"{at}.")
+        sparsity = self._value(row.get("sparsity", 0.0), f"{at}.sparsity")
+        score = self._value(row.get("score", "random"), f"{at}.score")
+        for end in sparsity.ends() if isinstance(sparsity, Domain) else (sparsity,):
+            if not isinstance(end, (int, float)) or not 0 <= end < 1:
+                self.errors.append(f"{at}.sparsity: the zeroed fraction, from 0 to below 1, not {end!r}")
+        for end in score.ends() if isinstance(score, Domain) else (score,):
+            if end not in SCORES:
+                self.errors.append(f'{at}.score: no score "{end}"{nearest(str(end), SCORES)}')
+        return sparsity, score
+
+    def _layers(self, value: Any, at: str) -> LayerChoice:
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not words:
+            self.errors.append(f"{at}: some of {', '.join(WORDS)} were expected, not {value!r}")
+            words = ["all"]
+        for word in words:
+            if word not in WORDS:
+                self.errors.append(f'{at}: no choice of layers "{word}"{nearest(str(word), WORDS)}')
+        return LayerChoice(tuple(map(str, words)), self.sites.layers)
+
+    def _training(self, row: Any) -> dict[str, Any]:
+        names = tuple(f.name for f in fields(Training) if f.name != "epochs")
+        if not isinstance(row, Mapping):
+            self.errors.append("training: a table was expected")
+            return {}
+        self._unknown(row, names, "training.")
+        values = {k: self._value(v, f"training.{k}") for k, v in row.items() if k in names}
+        for name, value in values.items():
+            number = isinstance(value, (int, float, Range, Choice)) and not isinstance(value, bool)
+            if not number:
+                self.errors.append(f"training.{name}: a number or a domain was expected, not {value!r}")
+        return values
+
+    def _value(self, value: Any, at: str) -> Any:
+        """A domain, or the constant that TOML has."""
+        try:
+            domain = domain_from_toml(value, width=self.sites.d_model)
+        except ValueError as error:
+            self.errors.append(f"{at}: {error}")
+            return None
+        return value if domain is None else domain
+
+    def _inside(self, domain: Domain, value: Any, at: str) -> None:
+        try:
+            domain.param(at, value)
+        except ValueError as error:
+            self.errors.append(f"{at}: {error}")
+
+    def _unknown(self, row: Mapping[str, Any], known: tuple[str, ...], at: str) -> None:
+        self.errors += [f"{at}{key}: no such key{nearest(key, known)}" for key in row if key not in known]

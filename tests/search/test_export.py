@@ -1,0 +1,408 @@
+"""An exported adapter gives the logits that its lane gave: in HF peft where peft can express it, in ours always."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from peftscape.search.adapter import Adapter
+from peftscape.search.backbone import Backbone
+from peftscape.search.export import Card, Exported, export, load, save
+from peftscape.search.head import Head, HeadKind
+from peftscape.search.lane import Lane, new_lane
+from peftscape.spaces.design import Design
+from peftscape.spaces.words import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+LABELS = ("person", "place", "number")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"who where when what is was the a of in city river year man".split()]
+TEXTS = ["who", "where is the city of the river", "when was the man in a city", "what is a year", "the river"]
+_SHAPE: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**_SHAPE),
+    "roberta": RobertaConfig(**_SHAPE),
+    "gpt2": GPT2Config(
+        vocab_size=len(WORDS), n_embd=32, n_layer=3, n_head=4, n_positions=64,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    ),
+    "llama": LlamaConfig(**_SHAPE, num_key_value_heads=2),
+    "distilbert": DistilBertConfig(
+        vocab_size=len(WORDS), dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64, pad_token_id=0
+    ),
+}  # fmt: skip
+FAMILIES = ("bert", "roberta", "gpt2", "llama")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny base model with a tokenizer, saved as a hub's folder is."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModel.from_config(CONFIGS[family])
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:  # far from a fresh start, so that attention is uneven
+                        torch.nn.init.normal_(parameter, 0, 0.2)
+            model.save_pretrained(path)
+            tokenizer(family).save_pretrained(path)
+        return path
+
+    return folder
+
+
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    if family not in ("gpt2", "llama"):
+        inner.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else [])]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        eos_token="[SEP]", model_input_names=names, model_max_length=64,
+    )  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """A lane on a saved backbone, its tensors far from their start."""
+
+    lane: Lane
+    card: Card
+    backbone: Backbone
+    head: Head
+
+    def logits(self, texts: list[str] = TEXTS) -> np.ndarray[Any, Any]:
+        return Adapter(self.card, self.backbone, self.head, self.lane.adapter()).logits(texts)
+
+    def export(self, directory: Path) -> Exported:
+        return export(self.lane.adapter(), self.card, self.backbone, self.head, directory)
+
+
+def trained(base: Path, *placements: dict[str, Any], head: HeadKind = "class", outputs: int = 3) -> Trained:
+    backbone = Backbone.load(base, dtype="float32")
+    built = Head(backbone, kind=head, outputs=outputs)
+    design = Design.from_json({"placements": list(placements)})
+    lane = new_lane(design, seed=0, steps=1, backbone=backbone, head=built)
+    generator = torch.Generator().manual_seed(5)
+    for key, value in lane.params.items():
+        noise = torch.empty(value.shape).normal_(0, 0.3, generator=generator)
+        value.data.add_(noise * lane.masks.get(key, torch.ones(())))
+    labels = LABELS if outputs == 3 else ()
+    card = Card(design=design, head=head, outputs=outputs, labels=labels, max_length=32, metric="accuracy")
+    return Trained(lane, card, backbone, built)
+
+
+def peft_logits(base: Path, directory: Path, *, outputs: int = 3, one_by_one: bool = False) -> Tensor:
+    """As a user of HF peft gets them: padded batches, with the tokenizer of the folder."""
+    tokens = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, directory).eval()
+    batches = [[t] for t in TEXTS] if one_by_one else [TEXTS]
+    with torch.no_grad():
+        return torch.cat(
+            [adapted(**tokens(batch, padding=True, return_tensors="pt")).logits for batch in batches]
+        )
+
+
+LORA: dict[str, Any] = {"method": "lora", "rank": 4, "alpha": 12.0}
+EXPRESSIBLE: dict[str, list[dict[str, Any]]] = {
+    "lora": [{**LORA, "sites": ["q", "v"]}],
+    "lora on all linears of two layers": [
+        {**LORA, "sites": ["q", "k", "v", "o", "gate", "up", "down"], "layers": [0, 2]}
+    ],
+    "lora of several ranks": [
+        {**LORA, "sites": ["q"], "layers": [1]},
+        {"method": "lora", "rank": 2, "alpha": 3.0, "sites": ["q", "k", "up"]},
+        {"method": "lora", "rank": 1, "alpha": 5.0, "sites": ["down"], "layers": [2]},
+    ],
+    "masked lora": [{**LORA, "sites": ["q", "v"], "mask": {"sparsity": 0.5}}],
+    "ia3": [{"method": "ia3"}],
+    "ia3 on outputs": [{"method": "ia3", "sites": ["q", "v", "o"], "layers": [1], "inputs": []}],
+    "prefix": [{"method": "prefix_tuning", "length": 4}],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_a_peft_folder_gives_equal_logits_in_peft(
+    name: str, family: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    has_gate = family == "llama"
+    placements = [
+        {**p, "sites": [s for s in p["sites"] if has_gate or s != "gate"]} if "sites" in p else p
+        for p in EXPRESSIBLE[name]
+    ]
+    run = trained(saved(family), *placements)
+    exported = run.export(tmp_path)
+    assert exported.format == "peft", exported.reason
+    wanted = run.logits()
+    np.testing.assert_allclose(peft_logits(saved(family), tmp_path).numpy(), wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load(tmp_path).logits(TEXTS), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_prompt_gives_equal_logits_in_peft_where_the_last_token_is_pooled(
+    family: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = trained(saved(family), {"method": "prompt_tuning", "length": 3})
+    exported = run.export(tmp_path)
+    assert exported.format == "peft"
+    assert "texts of one length" in exported.reason
+    found = peft_logits(saved(family), tmp_path, one_by_one=True)
+    np.testing.assert_allclose(found.numpy(), run.logits(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_head_of_several_modules_is_exported(
+    outputs: int, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = trained(saved("distilbert"), {**LORA}, outputs=outputs)
+    assert run.export(tmp_path).format == "peft"
+    found = peft_logits(saved("distilbert"), tmp_path, outputs=outputs)
+    np.testing.assert_allclose(found.numpy(), run.logits(), rtol=0, atol=1e-5)
+
+
+INEXPRESSIBLE: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "adapter": ([{"method": "sequential_adapter", "size": 4}], "has no sequential_adapter"),
+    "combination": ([LORA, {"method": "bitfit"}], "cannot combine bitfit and lora"),
+    "head": ([], "trains a head alone"),
+    "some layers": ([{"method": "prefix_tuning", "length": 2, "layers": [0, 2]}], "on all layers"),
+    "kept positions": ([{"method": "prefix_tuning", "length": 2, "positions": "keep"}], "shifts"),
+    "prompt": ([{"method": "prompt_tuning", "length": 2}], "pools a virtual token"),
+    "twice": ([{"method": "ia3"}, {"method": "ia3", "sites": ["k"]}], "scaled twice"),
+    "full": ([{"method": "full_finetuning"}], "has no full_finetuning"),
+    "everything": (
+        [
+            {"method": "parallel_adapter", "size": 4, "mask": {"sparsity": 0.7}},
+            {"method": "ia3"},
+            {"method": "prefix_tuning", "length": 2, "layers": [1], "mask": {"sparsity": 0.5}},
+            {"method": "prompt_tuning", "length": 2},
+            {"method": "bitfit"},
+            {**LORA, "sites": ["q"], "mask": {"sparsity": 0.9}},
+        ],
+        "cannot combine",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INEXPRESSIBLE)
+def test_what_peft_cannot_express_comes_back_in_our_own_format(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    placements, reason = INEXPRESSIBLE[name]
+    run = trained(saved("bert"), *placements)
+    exported = run.export(tmp_path)
+    assert (exported.format, exported.directory) == ("peftscape", tmp_path)
+    assert reason in exported.reason
+    found = load(tmp_path)
+    assert found.design == run.card.design
+    assert found.tensors.keys() == run.lane.params.keys()
+    for key, value in found.tensors.items():
+        assert torch.equal(value, run.lane.params[key]), key
+    np.testing.assert_array_equal(found.logits(TEXTS), run.logits())
+
+
+def test_a_mean_head_is_our_own_format(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("gpt2"), LORA, head="mean")
+    exported = run.export(tmp_path)
+    assert exported.format == "peftscape"
+    assert 'head = "mean"' in exported.reason
+    np.testing.assert_array_equal(load(tmp_path).logits(TEXTS), run.logits())
+
+
+def test_an_input_scaling_of_a_fused_linear_is_our_own_format(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = trained(saved("gpt2"), {"method": "ia3", "sites": ["q"], "inputs": ["q"]})
+    assert "only a part of" in run.export(tmp_path).reason
+
+
+def test_a_masked_tensor_takes_its_kept_values_and_a_bit_an_entry(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    placement = {"method": "sequential_adapter", "size": 8, "mask": {"sparsity": 0.75}}
+    run = trained(saved("bert"), placement)
+    run.export(tmp_path)
+    stored = load_file(tmp_path / "adapter.safetensors")
+    key = next(k for k in run.lane.masks)
+    size = run.lane.params[key].numel()
+    assert stored[f"{key}.kept"].numel() == size // 4
+    assert stored[f"{key}.mask"].numel() == size // 8
+    assert key not in stored
+
+
+def test_predictions_name_the_labels(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("bert"), LORA)
+    run.export(tmp_path)
+    adapter = load(tmp_path)
+    found = adapter.predict(TEXTS, batch_size=2)
+    wanted = torch.from_numpy(run.logits()).softmax(dim=1)
+    assert adapter.labels == LABELS
+    assert [row["label"] for row in found] == [LABELS[i] for i in wanted.argmax(dim=1)]
+    for row, chances in zip(found, wanted, strict=True):
+        assert row["score"] == max(row["probabilities"].values())
+        assert list(row["probabilities"].values()) == pytest.approx(chances.tolist(), abs=1e-6)
+    pairs = adapter.predict(TEXTS, ["the man"] * len(TEXTS))
+    assert pairs[0]["score"] != found[0]["score"]
+    assert adapter.predict([]) == []
+
+
+def test_regression_predicts_numbers(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("roberta"), LORA, outputs=1)
+    run.export(tmp_path)
+    found = load(tmp_path).predict(TEXTS)
+    assert [row["score"] for row in found] == pytest.approx(run.logits()[:, 0].tolist(), abs=1e-6)
+    assert set(found[0]) == {"score"}
+
+
+def test_long_texts_are_cut_and_empty_ones_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("gpt2"), LORA)
+    run.export(tmp_path)
+    adapter = load(tmp_path)
+    long = " ".join(["river"] * 32)
+    np.testing.assert_allclose(adapter.logits([f"{long} city"]), adapter.logits([long]), rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="text 1 has no tokens"):
+        adapter.predict(["city", ""])
+    with pytest.raises(InputError, match="1 second texts for 2 texts"):
+        adapter.predict(["city", "man"], ["river"])
+
+
+def test_an_adapter_loads_on_a_backbone_that_is_there(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("llama"), LORA)
+    run.export(tmp_path)
+    found = load(tmp_path, model=run.backbone)
+    assert found.backbone is run.backbone
+    half = load(tmp_path, model=Backbone.load(saved("llama"), dtype="bfloat16"))  # the same weights, rounded
+    np.testing.assert_allclose(half.logits(TEXTS), run.logits(), rtol=0, atol=0.2)
+
+
+def test_another_backbone_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("bert"), LORA)
+    run.export(tmp_path)
+    with pytest.raises(InputError, match="model_type is 'roberta', 'bert' was expected"):
+        load(tmp_path, model=saved("roberta"))
+    other = Backbone.load(saved("bert"), dtype="float32")
+    next(other.model.parameters()).data[0] += 1
+    with pytest.raises(InputError, match="other weights"):
+        load(tmp_path, model=other)
+
+
+def test_an_unused_pooler_is_not_part_of_the_backbone(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers makes up the pooler that RoBERTa checkpoints lack, anew at every load."""
+    run = trained(saved("roberta"), LORA)
+    run.export(tmp_path)
+    other = Backbone.load(saved("roberta"), dtype="float32")
+    torch.nn.init.normal_(other.model.get_parameter("pooler.dense.weight"))
+    np.testing.assert_allclose(load(tmp_path, model=other).logits(TEXTS), run.logits(), rtol=0, atol=1e-6)
+
+
+def _edit(directory: Path, **changes: Any) -> None:
+    path = directory / "design.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("form", ["peft", "peftscape"])
+def test_a_damaged_folder_says_what_is_wrong(
+    form: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = trained(saved("bert"), LORA)
+    args = (run.lane.adapter(), run.card, run.backbone, run.head, tmp_path)
+    if form == "peft":
+        export(*args)
+    else:
+        save(*args)
+    [tensors] = tmp_path.glob("*.safetensors")
+    card, whole = json.loads((tmp_path / "design.json").read_text()), tensors.read_bytes()
+
+    tensors.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=rf"{tensors.name}(.|\n)*were expected: it was cut short"):
+        load(tmp_path, model=run.backbone)
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="changed or damaged"):
+        load(tmp_path, model=run.backbone)
+    tensors.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        load(tmp_path, model=run.backbone)
+    tensors.write_bytes(whole)
+
+    _edit(tmp_path, design=card["design"] | {"placements": []})
+    with pytest.raises(InputError, match="changed by hand"):
+        load(tmp_path, model=run.backbone)
+    _edit(tmp_path, schema=99)
+    with pytest.raises(InputError, match="newer peftscape"):
+        load(tmp_path, model=run.backbone)
+    _edit(tmp_path, schema=1, design=card["design"], head={"kind": "class", "outputs": 4})
+    with pytest.raises(InputError, match=r"classifier\.weight: 3 x 32, 4 x 32 was expected"):
+        load(tmp_path, model=run.backbone)
+    (tmp_path / "design.json").write_text('{"schema": 1}')
+    with pytest.raises(InputError, match="'design': missing"):
+        load(tmp_path, model=run.backbone)
+    (tmp_path / "design.json").unlink()
+    with pytest.raises(InputError, match=r"no design\.json"):
+        load(tmp_path, model=run.backbone)
+
+
+def test_tensors_of_another_design_are_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained(saved("bert"), LORA)
+    tensors = run.lane.adapter()
+    first, second, *_ = tensors
+    tensors[first] = tensors[first][:1]
+    tensors[second] = tensors[second] * float("nan")
+    tensors["0/q/nowhere/A"] = torch.zeros(1)
+    del tensors["head/classifier.bias"]
+    with pytest.raises(InputError) as error:
+        export(tensors, run.card, run.backbone, run.head, tmp_path / "adapter")
+    assert len(error.value.errors) == 4
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_writing_again_leaves_nothing_of_the_other_format(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lora, adapter = trained(saved("bert"), LORA), trained(saved("bert"), {"method": "sequential_adapter"})
+    (tmp_path / "notes.txt").write_text("mine")
+    for run, present, absent in (
+        (lora, "adapter_model.safetensors", "adapter.safetensors"),
+        (adapter, "adapter.safetensors", "adapter_model.safetensors"),
+        (lora, "adapter_model.safetensors", "adapter.safetensors"),
+    ):
+        run.export(tmp_path)
+        assert (tmp_path / present).exists()
+        assert not (tmp_path / absent).exists()
+        assert (tmp_path / "adapter_config.json").exists() == (run is lora)
+        assert load(tmp_path).design == run.card.design
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
