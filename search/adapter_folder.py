@@ -146,7 +146,7 @@ def write(
     directory: str | Path, form: Format, stored: Mapping[str, Tensor], card: Card, backbone: Backbone,
     texts: Mapping[str, str],
 ) -> Path:  # fmt: skip
-    """Write the tensors, the tokenizer, further `texts` by file name, and at last `design.json`."""
+    """Write the tensors, for peft the tokenizer, further `texts` by file name, and at last `design.json`."""
     from safetensors.torch import save as to_bytes
 
     raw: bytes = to_bytes(dict(stored), metadata={"format": "pt"})
@@ -154,7 +154,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     for name in OWNED:  # the card first: from here until it is back the folder says that it is not whole
         (folder / name).unlink(missing_ok=True)
-    if backbone.tokenizer is not None:
+    if form == "peft" and backbone.tokenizer is not None:  # ours takes it from the backbone
         backbone.tokenizer.save_pretrained(str(folder))
     for name, text in texts.items():
         _replace(folder / name, text.encode())
@@ -224,8 +224,12 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
             max_length=int(value["max_length"]), metric=value["metric"], task=value["task"],
         )  # fmt: skip
         _ = [value[k] for k in ("format", "backbone", "tensors")], value["backbone"]["source"]
-    except (KeyError, TypeError) as error:
-        raise InputError(str(path), [f"{error}: missing or of the wrong type"]) from None
+    except KeyError as error:
+        raise InputError(str(path), [f"{error}: missing"]) from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(path), [f"a value is not what was expected: {error}"]) from None
     if card.head not in ("class", "mean") or value["format"] not in TENSORS:
         raise InputError(str(path), [f'head "{card.head}" or format "{value["format"]}" is unknown'])
     return card, value

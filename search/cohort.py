@@ -63,8 +63,7 @@ class Cohort:
         """Train every lane for one step; its loss in the order of `lanes`. A lane whose loss is not finite fails."""
         started = time.perf_counter()
         examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
-        targets = torch.from_numpy(self.train.targets[np.stack(examples)])
-        losses = self._losses(self.logits(examples, self.train), targets)
+        losses = self.losses(examples)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         values: list[float] = losses.detach().tolist()
         share = (time.perf_counter() - started) / len(self.lanes)
@@ -77,6 +76,15 @@ class Cohort:
                 lane.optimizer.zero_grad()
             lane.wall_s += share
         return values
+
+    def losses(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+        """The mean loss of each lane on training examples of its own."""
+        logits = self.logits(examples, self.train)
+        targets = torch.from_numpy(self.train.targets[np.stack(examples)]).to(logits.device)
+        if self.regression:
+            return (logits[..., 0] - targets).square().mean(dim=1)
+        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return flat.view_as(targets).mean(dim=1)
 
     def logits(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Tensor:
         """lanes x examples x outputs: every lane's logits for its own examples."""
@@ -97,9 +105,20 @@ class Cohort:
         # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
         return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
 
+    def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
+        """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`."""
+        everyone, chosen = self.lanes, lanes or tuple(self.lanes)
+        self._arrange(list(chosen))
+        try:
+            logits = self._predict(split)
+            order = [[id(lane) for lane in self.lanes].index(id(lane)) for lane in chosen]
+        finally:
+            self._arrange(everyone)
+        out: np.ndarray[Any, Any] = logits[order]
+        return out
+
     @torch.no_grad()
-    def predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
-        """Logits of every lane on a whole split: lanes x examples x outputs."""
+    def _predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
         order = np.argsort([len(ids) for ids in split.ids], kind="stable")
         count = max(1, EVALUATION_ROWS // len(self.lanes))
         parts = [
@@ -175,13 +194,6 @@ class Cohort:
                 lengths = torch.tensor([len(t) for t in group.tensors["keys"]])
                 prefixes.setdefault(group.site.layer, []).append(Prefix(group.lanes, keys, values, lengths))
         return prefixes
-
-    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of each lane."""
-        if self.regression:
-            return (logits[..., 0] - targets).square().mean(dim=1)
-        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return flat.view_as(targets).mean(dim=1)
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from peftscape.search.adapter_folder import (
     write,
 )
 from peftscape.search.backbone import Backbone
-from peftscape.search.fingerprint import differences
+from peftscape.search.fingerprint import differences, source
 from peftscape.search.head import Head
 from peftscape.search.peft_format import InexpressibleError, peft_form
 from peftscape.spaces.words import InputError
@@ -82,12 +82,11 @@ def load(
     card, value = read_card(directory)
     backbone = model if isinstance(model, Backbone) else None
     if backbone is None:
-        source = str(model or value["backbone"]["source"])
-        if not source:
+        found = str(model or value["backbone"]["source"])
+        if not found:
             raise InputError(str(directory), ["its backbone came from no folder: hand one over as model="])
-        backbone = Backbone.load(source, dtype=value["backbone"]["dtype"], device=device)
-    errors = differences(value, backbone, card.head) or card.design.check(backbone.sites)
-    if errors:
+        backbone = Backbone.load(found, dtype=value["backbone"]["dtype"], device=device)
+    if errors := differences(value, backbone, card.head):
         raise InputError(str(directory), errors)
     head = Head(backbone, kind=card.head, outputs=card.outputs)
     stored = read_tensors(directory, value)
@@ -110,7 +109,7 @@ def _readme(card: Card, backbone: Backbone, note: str) -> str:
         )
     return f"""---
 library_name: peft
-base_model: {backbone.source}
+base_model: {source(backbone)}
 ---
 
 {card.design.label}: {note}. Made by peftscape; `peftscape.load` reads this folder too.
@@ -120,7 +119,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-base = AutoModelForSequenceClassification.from_pretrained({backbone.source!r}, num_labels={card.outputs})
+base = AutoModelForSequenceClassification.from_pretrained({source(backbone)!r}, num_labels={card.outputs})
 {pad}model = PeftModel.from_pretrained(base, "THIS FOLDER").eval()
 ```
 

@@ -24,14 +24,19 @@ _NOT_THE_BACKBONE = {
 
 def describe(backbone: Backbone, head: HeadKind) -> dict[str, Any]:
     """Which backbone an adapter belongs to: its source, its configuration, a fingerprint of its weights."""
-    local = Path(backbone.source).is_dir() if backbone.source else False
     config = json.loads(json.dumps(backbone.config.to_dict(), default=str))
     return {
-        "source": str(Path(backbone.source).resolve()) if local else backbone.source,
+        "source": source(backbone),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "config": {k: v for k, v in config.items() if k not in _NOT_THE_BACKBONE and not k.startswith("_")},
         "weights": fingerprint(backbone, head),
     }
+
+
+def source(backbone: Backbone) -> str:
+    """Where a backbone came from, so that it is found from anywhere: a whole path, or a hub id; empty if unknown."""
+    local = bool(backbone.source) and Path(backbone.source).is_dir()
+    return str(Path(backbone.source).resolve()) if local else backbone.source
 
 
 def fingerprint(backbone: Backbone, head: HeadKind) -> str:

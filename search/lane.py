@@ -91,14 +91,22 @@ class Lane:
         return {key: value.detach().clone() for key, value in {**self.fixed, **self.params}.items()}
 
 
-def new_lane(design: Design, *, seed: int, steps: int, backbone: Backbone, head: Head, name: str = "") -> Lane:
-    """A lane at its start: tensors drawn by its seed, masks by their scores (`snip` ones by `masks.snip`)."""
+def new_lane(
+    design: Design,
+    *,
+    seed: int,
+    steps: int,
+    backbone: Backbone,
+    head: Head,
+    name: str = "",
+    masked: bool = True,
+) -> Lane:
+    """A lane at its start: tensors drawn by its seed, masks by their scores (`snip` ones later, by `masks.snip`)."""
     params, fixed, masks = {}, {}, {}
     dtype = backbone.master_dtype
     for key, placement, declared in declared_tensors(design, backbone):
         value = draw(declared, generator(seed, key), backbone).to(dtype)
-        if placement.maskable(declared):
-            assert placement.mask is not None
+        if masked and placement.mask is not None and placement.maskable(declared):
             score = mask_score(placement.mask.score, declared, generator(seed, f"mask/{key}"), value)
             masks[key] = keep_largest(score, placement.mask.kept(value.numel())).to(dtype)
             value *= masks[key]

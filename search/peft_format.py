@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftscape.search.adapter_folder import Card, Shapes, check
+from peftscape.search.fingerprint import source
 from peftscape.spaces.design import tensor_key
 from peftscape.spaces.methods.ia3 import IA3
 from peftscape.spaces.methods.lora import LoRA
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 #: Families whose classifiers get a prefix from peft as from us; others lack a cache or a part of the head.
 PREFIXED = {
-    "bert", "roberta", "xlm-roberta", "camembert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma",
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "gpt2", "llama", "mistral", "qwen2", "qwen3",
+    "gemma", "gemma2", "gemma3_text",
 }  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftForm:
     # Prompts are kept beside the classifier, other adapters inside it: its modules lie one level deeper.
     start = "base_model." if "num_virtual_tokens" in form.config else "base_model.model."
     config = {
-        "base_model_name_or_path": backbone.source or None,
+        "base_model_name_or_path": source(backbone) or None,
         "task_type": "SEQ_CLS",
         "inference_mode": True,
         # peft names both for every classifier, whichever of them there is.
@@ -132,7 +134,8 @@ def _lora(card: Card, backbone: Backbone) -> PeftForm:
         modules.setdefault(site.path, []).append((key, method, site))
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    shapes, parts = {}, []
+    shapes: Shapes = {}
+    parts = []
     for path, pieces in modules.items():
         name = f"{backbone.sites.prefix}.{path}"
         scales = [m.alpha / m.rank for _, m, _ in pieces]
@@ -148,13 +151,13 @@ def _lora(card: Card, backbone: Backbone) -> PeftForm:
             mine = slice(start, start := start + method.rank)
             parts.append(Part(f"{key}A", a, (mine,)))
             parts.append(Part(f"{key}B", b, (_columns(site), mine), 1.0 if even else scale))
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
-        "r": rank,
+        "r": r,
         "lora_alpha": alpha,
         "target_modules": list(ranks),
-        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+        "rank_pattern": {re.escape(name): n for name, n in ranks.items() if n != r},
         "alpha_pattern": {re.escape(name): x for name, x in alphas.items() if x != alpha},
         "fan_in_fan_out": _transposed(modules),
         "lora_dropout": 0.0,
@@ -169,7 +172,8 @@ def _ia3(card: Card, backbone: Backbone) -> PeftForm:
     for key, method, site in _adapted(card, backbone):
         assert isinstance(method, IA3)
         modules.setdefault(site.path, []).append((key, method, site))
-    shapes, parts, feedforward = {}, [], []
+    shapes: Shapes = {}
+    parts, feedforward = [], []
     for path, pieces in modules.items():
         name = f"{backbone.sites.prefix}.{path}"
         inputs = [m.side(s) == "input" for _, m, s in pieces]
@@ -231,7 +235,7 @@ def _prompt(card: Card, backbone: Backbone) -> PeftForm:
     assert isinstance(method, PromptTuning)
     config = _virtual(backbone, "PROMPT_TUNING", method.length, site.d_out, sites.heads)
     config |= {"prompt_tuning_init": "RANDOM"}
-    shapes = {"prompt_embeddings": (method.length, site.d_out)}
+    shapes: Shapes = {"prompt_embeddings": (method.length, site.d_out)}
     # The transformers class cannot tell padding from text behind a prompt, wherever the padding is.
     note = (
         "HF peft's prompt tuning; peft's batches must hold texts of one length (it pools padding otherwise)"

@@ -30,23 +30,16 @@ QKV = frozenset("qkv")
 
 #: How far up a layer its adapted kinds lie: gradients need not flow below. Counted along the layer's order.
 STAGES = {
-    "q": 0,
-    "k": 0,
-    "v": 0,
-    "kv": 0,
-    "attention": 1,
-    "o": 1,
-    "gate": 2,
-    "up": 2,
-    "ffn": 3,
-    "down": 3,
+    "q": 0, "k": 0, "v": 0, "kv": 0, "attention": 1, "o": 1, "gate": 2, "up": 2, "ffn": 3, "down": 3,
     "block": 4,
-}
+}  # fmt: skip
 
 #: Tensors of the FFN's width that autograd keeps for an activation function: its input or output where torch
 #: has a kernel; what each step of a formula in Python needs elsewhere (counted, transformers'
 #: activations.py).
-ACTIVATION_TENSORS = {"gelu_new": 4, "gelu_fast": 6, "quick_gelu": 2, "relu2": 2}
+ACTIVATION_TENSORS = {
+    "gelu_new": 4, "gelu_accurate": 4, "gelu_fast": 7, "gelu_python": 3, "gelu_10": 2, "quick_gelu": 2,
+}  # fmt: skip
 
 
 def parameters(sites: SiteMap) -> int:
@@ -68,12 +61,11 @@ def model_bytes(sites: SiteMap, dtype: str = "float32") -> int:
 
 
 def forward_flops(sites: SiteMap, tokens: int, *, batch: int = 1) -> int:
-    """FLOPs of one sequence's forward: 2T for each weight multiplied and 4 T^2 a for attention in every
-    layer.
+    """FLOPs of one sequence's forward: 2T a multiplied weight, and 4 T^2 a a layer for attention.
 
-    The term 4 T^2 a is two products of T x T scores (arXiv:2001.08361, table 1, without its causal halving).
-    A pooler counts where the head reads it. DeBERTa-v2's projections of relative positions are made once for
-    `batch` sequences.
+    2 a weight and token is arXiv:2001.08361, sec. 2.1; 4 T^2 a are two products with T x T scores (counted).
+    A pooler counts where the head reads it. DeBERTa-v2 projects its relative positions once for `batch`
+    sequences.
     """
     a = sites.heads * sites.head_dim
     layer = 2 * tokens * sites.layer_products + 4 * tokens**2 * a + _relative(sites, tokens, batch)
@@ -196,8 +188,7 @@ def _pooler(sites: SiteMap) -> int:
 
 
 def _relative(sites: SiteMap, tokens: int, batch: int) -> int:
-    """Products of T queries or keys with the table, and the table's projections, of one layer
-    (arXiv:2006.03654)."""
+    """One layer's products with the table of relative positions, and its projections (arXiv:2006.03654)."""
     if (of := sites.relative) is None:
         return 0
     a = sites.heads * sites.head_dim

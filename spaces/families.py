@@ -209,8 +209,7 @@ def gpt2(config: Config) -> Layout:
 
 
 def llama(config: Config) -> Layout:
-    """Llama, Mistral, Qwen2 and 3, Gemma 1 to 3: pre-norm, RMSNorm, gated FFN, rotary, grouped-query
-    attention."""
+    """Llama, Mistral, Qwen2 and 3, Gemma 1 to 3: pre-norm, RMSNorm, gated FFN, rotary, grouped queries."""
     keys = Keys(config)
     family = str(config["model_type"])
     default = DECODERS[family]

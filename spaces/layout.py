@@ -124,7 +124,8 @@ def _layer(of: Layout, layer: int, stack: str) -> list[Site]:
             sites.append(
                 Site(
                     kind, layer, at + y, of.d_model, of.d_model, stack,
-                    source=None if x == y else at + x, transposed=transposed.get(y, False), bias=bias.get(y, False),
+                    source=None if x == y else at + x,
+                    transposed=transposed.get(y, False), bias=bias.get(y, False),
                 )
             )  # fmt: skip
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim

@@ -25,8 +25,8 @@ PATTERNS = {
     "o": r"(attn|attention|self)\w*\.(\w+\.)*(o_proj|out_proj|o|out_lin|[wW]o|dense|c_proj)$",
     "gate": r"(^|\.)(gate_proj|w1|wi_0)$",
     "up": r"(^|\.)(up_proj|fc1|lin1|c_fc|fc_in|wi|wi_1|w3|intermediate\.dense|dense_h_to_4h|ffn)$",
-    "down":
-    r"(^|\.)(down_proj|fc2|lin2|fc_out|wo|w2|ffn_output|dense_4h_to_h)$|^output\.dense$|mlp\.(c_proj|Wo)$",
+    "down": r"(^|\.)(down_proj|fc2|lin2|fc_out|wo|w2|ffn_output|dense_4h_to_h|mlp\.(c_proj|Wo))$"
+    r"|^output\.dense$",
 }
 NEEDED = ("q", "k", "v", "o", "up", "down")
 
@@ -178,7 +178,7 @@ def _layers(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[str, list[n
         seen = dict.fromkeys(re.sub(r"\.\d+\.", ".{n}.", path) for path in _linears(model))
         shown = "".join(f"\n  {path}" for path in list(seen)[:24])
         raise SiteError(
-            f"no list of {count} layers with linears, so there is nothing that [model.sites] could map by {{layer}};"
+            f"no list of {count} layers with linears, so nothing that [model.sites] could map by {{layer}};"
             f" linears:{shown or ' none'}"
         )
     return min(stacks.items(), key=lambda item: item[0].count("."))
@@ -237,8 +237,8 @@ def _advice(
     taken = {path for path, _, _ in found.values()}
     free = [m for m in linears.values() if m.path not in taken]
     if free:
-        d = free[0].d_out
-        example = f'{missing[0]} = "{at}.{free[0].path}"  # or columns of a fused linear: "{at}.{free[0].path}[0:{d // 3}]"'
+        path, d = f"{at}.{free[0].path}", free[0].d_out
+        example = f'{missing[0]} = "{path}"  # or columns of a fused linear: "{path}[0:{d // 3}]"'
     else:
         kind, (path, _, _) = next(iter(found.items()), ("q", ("attention.q_proj", 0, 0)))
         example = f'{kind} = "{at}.{path}"'
@@ -249,9 +249,9 @@ def _advice(
 
 
 def _calls_interface(layer: nn.Module) -> str | None:
-    """The path, within a layer, of the module whose forward goes through transformers' attention
-    interface.""" return next((str(p) for p, m in layer.named_modules() if "ALL_ATTENTION_FUNCTIONS" in
-    _source(m)), None)
+    """The path, within a layer, of the module that calls transformers' attention interface."""
+    inside = (str(p) for p, m in layer.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _source(m))
+    return next(inside, None)
 
 
 def _source(module: nn.Module) -> str:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
+from transformers.activations import ACT2FN
 
 from peftscape.spaces.cost import (
+    ACTIVATION_TENSORS,
     activation_bytes,
     backward_flops,
     forward_flops,
@@ -208,6 +210,16 @@ def test_nothing_is_kept_below_the_lowest_adapted_site(
     run.at(1, kinds)
     real = kept(run, 4, 64)
     assert activation_bytes(run.sites, 64, 4, 1, 4, kinds=kinds) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATION_TENSORS, "gelu", "gelu_pytorch_tanh", "silu", "relu", "tanh"])
+def test_an_activation_function_keeps_what_the_table_says(name: str) -> None:
+    x, held = torch.randn(7, 11, requires_grad=True) + 0, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        ACT2FN[name](x)
+    assert len(held) == ACTIVATION_TENSORS.get(name, 1)
 
 
 def test_weights_take_the_bytes_of_their_precision() -> None:

@@ -1,0 +1,130 @@
+"""What a search is: one frozen value, from a TOML file and the command line.
+
+`peftscape.search.config_file` reads and checks it; what a field's metadata says (`least`, `example`) is used there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftscape.search.task_config import TaskConfig
+
+if TYPE_CHECKING:
+    from peftscape.spaces.sites import SiteMap
+
+DEFAULT_EPOCHS = 2.0
+"""Passes over the training data of a full training, where neither examples nor epochs are given."""
+
+
+def _whole(default: int | None, *, least: int, most: int | None = None) -> Any:
+    """A field for a whole number from `least` to `most`."""
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+def _like(example: str) -> Any:
+    """An optional field whose error shows an example of what is expected."""
+    return field(default=None, metadata={"example": example})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The `[model]` table.
+
+    Args:
+        source: `minilm` (the embedded default), a local folder, or a hub id.
+        dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float64`.
+        device: as torch names it: `cpu`, `cuda`, `cuda:1`, `mps`.
+        head: `class` (transformers' own) or `mean` (masked mean and one linear).
+        max_length: tokens after which a text is cut; never more than the model's positions.
+        sites: patterns for models of unknown families (`q = "layers.{layer}.attn.q_proj"`).
+    """
+
+    source: str = "minilm"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    device: str = "cpu"
+    head: Literal["class", "mean"] = "class"
+    max_length: int = _whole(256, least=1)
+    trust_remote_code: bool = False
+    sites: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self) -> str:
+        """Where the model lies: an embedded one by name, else the folder or hub id itself.
+
+        Raises:
+            MissingPackageError: if it is an embedded one whose package is not installed.
+        """
+        from peftscape.search.embedded import EMBEDDED_MODELS, embedded_model_path
+
+        return str(embedded_model_path(self.source)) if self.source in EMBEDDED_MODELS else self.source
+
+    def site_map(self) -> SiteMap:
+        """The places that can be adapted, from the model's configuration alone.
+
+        Raises:
+            SiteError: there is no configuration here, or it cannot be mapped.
+            MissingPackageError: as `path` does.
+        """
+        from peftscape.spaces.sites import site_map
+
+        return site_map(self.path(), dict(self.sites) or None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The `[search]` table.
+
+    Args:
+        objectives: a quality metric and one or more costs, `"accuracy:max,trainable:min"`. Left out of a file, it
+            is the task's metric against trained parameters.
+        sampler: `tpe`, `nsga2`, `gp` or `random`.
+        examples: training examples of every trial at full length, the same for all.
+        epochs: the same as passes over the training data; one of the two, 2 epochs where neither is given.
+        lanes: most trials that train at once.
+        seeds: lanes of a trial.
+        retest_seeds: further seeds of the designs that could be on the front.
+        textbook: whether published designs start the search.
+    """
+
+    objectives: str = "accuracy:max,trainable:min"
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    seed: int = _whole(0, least=0, most=2**32 - 1)
+    examples: int | None = _whole(None, least=1)
+    epochs: float | None = _like("2")
+    batch_size: int = _whole(32, least=1)
+    lanes: int = _whole(8, least=1)
+    seeds: int = _whole(1, least=1)
+    retest_seeds: int = _whole(5, least=0)
+    textbook: bool = True
+
+    def full_length(self, rows: int) -> int:
+        """Training examples of a full training on `rows` of them."""
+        return self.examples or max(1, round((self.epochs or DEFAULT_EPOCHS) * rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """The `[budget]` table; whatever is None does not bind.
+
+    Args:
+        trials: how many designs are trained.
+        time: wall-clock time from the command to the report, `"30m"`, `"2h"`, `"90s"`.
+        trainable: largest number of trained parameters, head included; `"2%"` of the backbone's.
+    """
+
+    trials: int | None = _whole(None, least=1)
+    time: str | None = _like('"30m"')
+    trainable: int | str | None = _like('20000 or "2%"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A whole search."""
+
+    name: str = "search"
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig
+    space: str | Mapping[str, Any] = "unified"
+    search: SearchSettings = SearchSettings()
+    budget: BudgetConfig = BudgetConfig(trials=30)

@@ -1,0 +1,68 @@
+"""What a running search shows: trials done and running, the front's size, the best score, the time left."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class SearchProgress:
+    """A bar on a terminal; a line now and then where there is none."""
+
+    def __init__(self, *, quiet: bool = False, total: int | None = None) -> None:
+        console = Console(stderr=True)
+        self._plain = not console.is_terminal and not quiet
+        self._console, self._said = console, ""
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[words]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=quiet or self._plain,
+        )
+        self._task = self._bar.add_task("search", total=total, words="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(
+        self,
+        phase: str,
+        *,
+        done: float,
+        total: float | None,
+        trials: int,
+        running: int,
+        front: int,
+        best: float | None,
+        left_s: float,
+    ) -> None:
+        """Say where the search is; `done` of `total` moves the bar."""
+        words = [f"{trials} done, {running} running", f"front {front}"]
+        if best is not None:
+            words.append(f"best {best:.3f}")
+        if not math.isinf(left_s):
+            words.append(f"{max(0, int(left_s)) // 60}:{max(0, int(left_s)) % 60:02d} left")
+        self._bar.update(
+            self._task, description=phase, completed=done, total=total, words="  ".join(words)
+        )
+        line = f"{phase}: {words[0]}, " + ", ".join(words[1:3])
+        if self._plain and line != self._said:
+            self._said = line
+            self._console.print(f"{phase}: {', '.join(words)}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(text, highlight=False)

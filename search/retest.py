@@ -1,0 +1,112 @@
+"""Retests: what could be on the front is trained again with further seeds and scored once on the test data.
+
+Which designs and in which order is decided on validation scores alone, and the front is never formed again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peftscape.analysis.noise import candidates
+from peftscape.search.lane import Lane, new_lane
+from peftscape.search.masks import snip
+from peftscape.spaces.design import Design
+
+if TYPE_CHECKING:
+    from peftscape.search.budget import Budget
+    from peftscape.search.cohort import Cohort
+    from peftscape.search.progress import SearchProgress
+    from peftscape.search.session import Session
+    from peftscape.search.storage import Storage
+
+# Retest seeds lie apart from the trials' own, whatever their number.
+FIRST_SEED = 1000
+
+
+@dataclass
+class _Retest:
+    of: int
+    lane: Lane
+
+
+def retest(session: Session, storage: Storage, budget: Budget, progress: SearchProgress) -> None:
+    """Train and score the further seeds of all candidates that the time allows, the most important designs first."""
+    from peftscape.search.study import show
+
+    settings = session.config.search
+    jobs = _jobs(session, storage, budget)
+    cohort = session.cohort()
+    running: list[_Retest] = []
+    total = len(jobs)
+    try:
+        while jobs or running:
+            free = settings.lanes - len(running)
+            waiting = [r.lane.steps - r.lane.step for r in running]
+            while jobs and free > 0 and budget.may_train(sum(waiting), len(waiting), session.steps):
+                number, design, seed = jobs.pop(0)
+                lane = new_lane(
+                    design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head
+                )
+                snip(lane, cohort)
+                running.append(_Retest(number, lane))
+                waiting.append(session.steps)
+                cohort.admit(lane)
+                free = 0 if design.solo else free - 1
+            if not running or budget.left_s() <= 0:
+                break
+            started = time.perf_counter()
+            cohort.step()
+            budget.measured(time.perf_counter() - started, len(running))
+            done = [r for r in running if r.lane.done]
+            if done:
+                _score(done, session, storage, cohort)
+                cohort.retire(*(r.lane for r in done))
+                running = [r for r in running if r not in done]
+            show(progress, "retest", budget, storage, done=total - len(jobs) - len(running), running=len(running))
+        left = len(jobs) + len(running)
+        if left:
+            progress.say(f"{left} of {total} retests did not fit in the time")
+    finally:
+        cohort.close()
+
+
+def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int, Design, int]]:
+    settings = session.config.search
+    seeds = [settings.seed + FIRST_SEED + i for i in range(settings.retest_seeds)]
+    known = storage.retested()
+    found = candidates(storage.records, storage.objectives)
+    jobs = [
+        (r.number, Design.from_json(dict(r.design)), s) for r in found for s in seeds if (r.number, s) not in known
+    ]
+    fit = budget.retests_that_fit(session.steps)
+    # All seeds of fewer designs rather than one seed of many: an interval needs its seeds.
+    return jobs if fit >= len(jobs) else jobs[: max(int(fit) // max(len(seeds), 1), 1) * len(seeds)]
+
+
+def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Cohort) -> None:
+    good = [r for r in done if r.lane.failure is None]
+    if not good:
+        return
+    lanes = [r.lane for r in good]
+    data, metric = session.data, session.task.metric
+    on_validation = cohort.predict(data.validation, *lanes)
+    on_test = cohort.predict(data.test, *lanes)
+    for r, first, second in zip(good, on_validation, on_test, strict=True):
+        validation, test = metric.score(first, data.validation.targets), metric.score(second, data.test.targets)
+        if not np.isfinite([validation, test]).all():
+            continue
+        storage.add_retest(
+            test,
+            {
+                "of": r.of,
+                "seed": r.lane.seed,
+                "validation": validation,
+                "test": test,
+                "n_test": len(data.test.targets),
+                "wall_s": r.lane.wall_s,
+            },
+        )

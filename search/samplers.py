@@ -1,0 +1,39 @@
+"""Optuna's samplers by name, made anew for each trial, so that a resumed search asks as an unbroken one."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+from peftscape.spaces.words import InputError, nearest
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random")
+
+
+def sampler(name: str, seed: int, number: int) -> Any:
+    """The sampler that suggests trial `number` of a search with this seed.
+
+    TPE is multivariate with groups (conditional knobs are modelled together) and takes running trials for bad ones,
+    since several are asked for at once.
+
+    Raises:
+        InputError: with the nearest name.
+    """
+    import optuna
+
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
+    samplers = optuna.samplers
+    if name == "random":
+        return samplers.RandomSampler(seed=own)
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=own, population_size=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return samplers.TPESampler(
+                seed=own, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
+            )
+        if name == "gp":
+            return samplers.GPSampler(seed=own)
+    raise InputError("search.sampler", [f'no sampler "{name}"{nearest(name, SAMPLERS)}'])

@@ -1,0 +1,79 @@
+"""What every run needs at hand: the backbone, the head, the data as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peftscape.search.backbone import Backbone
+from peftscape.search.cohort import Cohort
+from peftscape.search.embedded import EMBEDDED_MODELS, embedded_model_path
+from peftscape.search.head import Head
+from peftscape.search.task import EncodedTask, Task, encode, load_task
+
+if TYPE_CHECKING:
+    from peftscape.search.config import SearchConfig
+
+
+@dataclass
+class Session:
+    """A loaded configuration.
+
+    Args:
+        tokens: a typical text's length, the mean of the training texts; costs are told for it.
+        steps: of every training at full length.
+    """
+
+    config: SearchConfig
+    backbone: Backbone
+    head: Head
+    task: Task
+    data: EncodedTask
+    tokens: int
+    steps: int
+
+    def cohort(self) -> Cohort:
+        """An empty cohort on the training data."""
+        return Cohort(
+            self.backbone,
+            self.head,
+            self.data.train,
+            batch_size=self.config.search.batch_size,
+            regression=self.task.kind == "regression",
+        )
+
+
+def open_session(config: SearchConfig) -> Session:
+    """Load what the configuration names.
+
+    Raises:
+        InputError, TaskError: with all that is wrong with the model or the data.
+    """
+    task = load_task(config.task)
+    model = config.model
+    backbone = Backbone.load(
+        model_path(model.source),
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        overrides=dict(model.sites) or None,
+    )
+    limit = min(model.max_length, backbone.sites.max_positions or model.max_length)
+    data = encode(task, backbone.tokenizer, limit)
+    head = Head(backbone, kind=model.head, outputs=task.num_outputs)
+    tokens = round(float(np.mean(data.train.lengths)))
+    return Session(config, backbone, head, task, data, tokens, full_length(config, len(task.train)))
+
+
+def model_path(source: str) -> str:
+    """Where a model lies: an embedded one by name, else the folder or hub id itself."""
+    return str(embedded_model_path(source)) if source in EMBEDDED_MODELS else source
+
+
+def full_length(config: SearchConfig, rows: int) -> int:
+    """Steps of a full training: `examples`, or `epochs` over `rows` training examples (2 where neither is set)."""
+    search = config.search
+    examples = search.examples or round((search.epochs or 2.0) * rows)
+    return max(1, -(-examples // search.batch_size))
