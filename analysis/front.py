@@ -65,9 +65,7 @@ def parse_objectives(text: str, *, metrics: Sequence[str] | None = None) -> tupl
         else:
             found[name] = Objective(name, _DIRECTIONS[way or "min"])
     if errors or not found:
-        raise ObjectiveError(
-            "objectives: " + ("; ".join(errors) or "none named, as in accuracy:max,trainable:min")
-        )
+        raise ObjectiveError("objectives: " + ("; ".join(errors) or "none named, as in accuracy:max,trainable:min"))
     return tuple(found.values())
 
 
@@ -116,9 +114,7 @@ def finite(
     metrics = sorted({record.metric for record in complete})
     for objective in objectives:
         if complete and objective.name not in (*COSTS, *metrics):
-            raise ObjectiveError(
-                f'no record has "{objective.name}". They have: {", ".join([*metrics, *COSTS])}'
-            )
+            raise ObjectiveError(f'no record has "{objective.name}". They have: {", ".join([*metrics, *COSTS])}')
     values = np.array([[objective.value(record) for objective in objectives] for record in complete])
     values = values.reshape(len(complete), len(objectives))
     able = np.isfinite(values).all(axis=1)

@@ -37,9 +37,7 @@ def notes(study: Study) -> list[str]:
         return ["No trial is complete, so there is no front yet."]
     seeds = sorted({len(record.retests) for record in retested})
     if not retested:
-        found.append(
-            "No design was retested: every score is of the seeds of its one trial, on validation data."
-        )
+        found.append("No design was retested: every score is of the seeds of its one trial, on validation data.")
     else:
         span = f"{seeds[0]} to {seeds[-1]} further" if len(seeds) > 1 else f"{seeds[0]} further"
         found.append(

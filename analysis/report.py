@@ -69,10 +69,7 @@ def _figures(study: Study) -> list[dict[str, Any]]:
 def _contents(study: Study) -> dict[str, Any]:
     """Everything that the template shows, as text and rows."""
     records = study.records
-    states = {
-        state: [r for r in records if r.state == state]
-        for state in ("complete", "pruned", "failed", "running")
-    }
+    states = {state: [r for r in records if r.state == state] for state in ("complete", "pruned", "failed", "running")}
     members = front(records, (study.quality, Objective("trainable", "minimize")))
     bend = knee(members, study.quality, "trainable")
     return {
@@ -145,9 +142,7 @@ def _row(record: Record, members: frozenset[int] | set[int] = frozenset()) -> di
         "member": record.number in members,
         "validation": (units.score(record.validation), _key(record.validation)),
         "test": (spread(retest_interval(record)), _key(record.test)),
-        "costs": [
-            (cost_text(record, cost), _key(value)) for cost, value in zip(units.SHOWN, costs, strict=True)
-        ],
+        "costs": [(cost_text(record, cost), _key(value)) for cost, value in zip(units.SHOWN, costs, strict=True)],
         "wall": (units.seconds(record.wall_s), _key(record.wall_s)),
         "design": json.dumps(record.design, ensure_ascii=False, default=str),
     }

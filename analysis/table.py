@@ -39,9 +39,7 @@ def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> 
         name = record.label + (f" ({record.textbook})" if record.textbook else "")
         costs = [cost_text(record, cost) for cost in shown]
         # Text, not markup: a label such as "[red]" is shown as it is.
-        table.add_row(
-            str(record.number), Text(name), units.score(record.validation), spread(interval), *costs
-        )
+        table.add_row(str(record.number), Text(name), units.score(record.validation), spread(interval), *costs)
     return table
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peftscape.search.cohort import Cohort
-from peftscape.search.encoding import EncodedSplit, _encode
+from peftscape.search.encoding import EncodedSplit, encode_split
 from peftscape.search.lane import new_lane
 from peftscape.search.task import Split
 from peftscape.spaces.words import InputError
@@ -86,13 +86,11 @@ class Adapter:
             raise InputError("predict", ["the backbone has no tokenizer; load it from a folder that has one"])
         if pairs is not None and len(pairs) != len(texts):
             raise InputError("predict", [f"{len(pairs)} second texts for {len(texts)} texts"])
-        split = Split(
-            list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), dtype=np.int64)
-        )
+        split = Split(list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), dtype=np.int64))
         tokenizer = self.backbone.tokenizer
         side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # as in training
         try:
-            encoded = _encode(split, tokenizer, self.card.max_length)
+            encoded = encode_split(split, tokenizer, self.card.max_length)
         finally:
             tokenizer.truncation_side = side
         if empty := np.flatnonzero(encoded.lengths == 0).tolist():

@@ -63,9 +63,7 @@ class Card:
             raise ValueError(f"{len(self.labels)} labels for a head with {self.outputs} outputs")
 
 
-def save(
-    tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: Head, directory: str | Path
-) -> Path:
+def save(tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: Head, directory: str | Path) -> Path:
     """Write an adapter in peftscape's own format, which holds every design.
 
     A masked tensor is stored as its kept values and one bit an entry: the file is as small as it claims.
@@ -103,9 +101,11 @@ def unpack(
         if values is None or bits is None:
             continue  # said below: it is missing
         size = int(np.prod(shapes[key]))
+        if bits.dtype != torch.uint8 or bits.numel() != -(-size // 8):
+            raise InputError(where, [f"{key}.mask: {-(-size // 8)} bytes of bits were expected"])
         kept = torch.from_numpy(np.unpackbits(bits.numpy(), count=size)).bool()
-        if bits.dtype != torch.uint8 or 8 * bits.numel() < size or int(kept.sum()) != values.numel():
-            raise InputError(where, [f"{key}: a mask of {size} bits with as many values was expected"])
+        if int(kept.sum()) != values.numel():
+            raise InputError(where, [f"{key}.kept: {int(kept.sum())} values were expected, as many as bits"])
         tensors[key] = torch.zeros(size, dtype=values.dtype).masked_scatter(kept, values).view(shapes[key])
     check(tensors, shapes, where)
     return tensors
@@ -124,9 +124,7 @@ def declared(design: Design, backbone: Backbone, head: Head) -> tuple[Shapes, se
 
 def check(tensors: Mapping[str, Tensor], shapes: Shapes, where: str) -> None:
     """Compare names, shapes and finiteness. Raises InputError with all that is wrong."""
-    errors = [
-        f"{key}: missing; {_by(shape)} was expected" for key, shape in shapes.items() if key not in tensors
-    ]
+    errors = [f"{key}: missing; {_by(shape)} was expected" for key, shape in shapes.items() if key not in tensors]
     errors += [f"{key}: the design has no such tensor" for key in tensors if key not in shapes]
     for key in shapes.keys() & tensors.keys():
         value = tensors[key]
@@ -214,9 +212,7 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
     try:
         digest = hashlib.sha256(json.dumps(value["design"], sort_keys=True).encode()).hexdigest()[:16]
         if digest != value["digest"]:
-            wrong = (
-                f"the design has the digest {digest}, {value['digest']} was expected: it was changed by hand"
-            )
+            wrong = f"the design has the digest {digest}, {value['digest']} was expected: it was changed by hand"
             raise InputError(str(path), [wrong])
         card = Card(
             design=Design.from_json(value["design"], where=str(path)),

@@ -75,13 +75,11 @@ def attend(
     sizes = [len(c.rows) * c.length for c in batch.classes]
     outputs = [
         _attend_class(c, *parts, run=run, layer=layer, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
-        for c, *parts in zip(
-            batch.classes, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
-        )
+        for c, *parts in zip(batch.classes, *(torch.split(t, sizes) for t in (q, k, v)), strict=True)
     ]
     rows = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     lanes, heads, tokens, width = query.shape
-    flat = _Move.apply(rows, batch.slots, batch.tokens, lanes * tokens)
+    flat = _move(rows, batch.slots, batch.tokens, lanes * tokens)
     return flat.view(lanes, tokens, heads, width), None
 
 
@@ -102,12 +100,16 @@ class _Move(torch.autograd.Function):
         return zeros.index_copy_(0, source, grad.index_select(0, target)), None, None, None
 
 
+def _move(x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+    moved: Tensor = _Move.apply(x, source, target, size)  # type: ignore[no-untyped-call]
+    return moved
+
+
 def _to_rows(x: Tensor, batch: Batch) -> Tensor:
     """lanes x heads x tokens x head_dim to slots x heads x head_dim."""
     lanes, heads, tokens, width = x.shape
     flat = x.transpose(1, 2).reshape(lanes * tokens, heads * width)
-    moved: Tensor = _Move.apply(flat, batch.tokens, batch.slots, batch.row_slots)
-    return moved.view(-1, heads, width)
+    return _move(flat, batch.tokens, batch.slots, batch.row_slots).view(-1, heads, width)
 
 
 def _attend_class(
@@ -163,9 +165,7 @@ def _prefix_rows(prefix: Prefix, which: Tensor, kv_heads: int, width: int) -> tu
     return split[0][which], split[1][which], hidden[which]
 
 
-def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None
-) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
     """rows x heads x length x head_dim in, rows x length x heads x head_dim out.
 
     Written out because torch's fused CPU attention is pathologically slow backward in bfloat16 (see DESIGN leads).

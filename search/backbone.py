@@ -26,6 +26,7 @@ class Backbone:
         sites: where it can be adapted.
         tokenizer: None for models made from a configuration.
         source: the folder or hub id it came from.
+        missing: weights that the checkpoint has not, made up at random by transformers.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Backbone:
     sites: SiteMap
     tokenizer: Any = None
     source: str = ""
+    missing: frozenset[str] = frozenset()
     attending: Attending = field(default_factory=Attending)
 
     def __post_init__(self) -> None:
@@ -88,18 +90,22 @@ class Backbone:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModel.from_pretrained(
+            model, loading = AutoModel.from_pretrained(
                 source,
                 config=config,
                 dtype=DTYPES[resolve_dtype(dtype)],
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(source, [f"transformers cannot load it: {first}"]) from error
         sites = site_map(config.to_dict(), overrides)
-        return cls(model.to(device), config, sites, tokenizer, source)
+        missing = frozenset(loading["missing_keys"])
+        if lost := sorted(name for name in missing if not name.startswith("pooler.")):
+            raise InputError(source, [f"the checkpoint lacks weights of {type(model).__name__}: {', '.join(lost[:5])}"])
+        return cls(model.to(device), config, sites, tokenizer, source, missing)
 
     @classmethod
     def from_config(cls, config: Any, *, dtype: str = "float32", seed: int = 0) -> Backbone:
@@ -116,7 +122,7 @@ class Backbone:
         import copy
 
         model = copy.deepcopy(self.model)
-        return Backbone(model, model.config, self.sites, self.tokenizer, self.source)
+        return Backbone(model, model.config, self.sites, self.tokenizer, self.source, self.missing)
 
     def _take_attention(self) -> None:
         attention.register()
@@ -142,7 +148,7 @@ def resolve_dtype(dtype: str) -> str:
 def has_bfloat16() -> bool:
     """Whether bfloat16 products run in hardware here (without, they are several times slower than float32)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     flags = Path("/proc/cpuinfo")
     words = flags.read_text().split() if flags.is_file() else []
     return "avx512_bf16" in words or "amx_bf16" in words or "bf16" in words

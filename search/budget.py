@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -79,6 +80,15 @@ class Budget:
         if self.time_s is None or not self.lane_step_s:
             return math.inf
         return max(0.0, (self.left_s() - REPORT_S) / (CAUTION * self.lane_s(steps)))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `"90s"`, `"30m"`, `"2h"` or `"1h30m"`. Raises ValueError."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
+    if not found or not any(found.groups()):
+        raise ValueError(f'"{text}" is not a time like "90s", "30m", "2h" or "1h30m"')
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def parameter_limit(value: int | str | None, backbone: int) -> int | None:

@@ -41,7 +41,13 @@ class Cohort:
     """
 
     def __init__(
-        self, backbone: Backbone, head: Head, train: EncodedSplit, *, batch_size: int, regression: bool = False
+        self,
+        backbone: Backbone,
+        head: Head,
+        train: EncodedSplit,
+        *,
+        batch_size: int,
+        regression: bool = False,
     ) -> None:
         self.backbone, self.head, self.train = backbone, head, train
         self.batch_size, self.regression = batch_size, regression
@@ -99,9 +105,7 @@ class Cohort:
         )
         states = self._forward(batch)
         names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
-        params = {
-            key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names
-        }
+        params = {key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names}
         # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
         return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
 
@@ -121,9 +125,7 @@ class Cohort:
     def _predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
         order = np.argsort([len(ids) for ids in split.ids], kind="stable")
         count = max(1, EVALUATION_ROWS // len(self.lanes))
-        parts = [
-            self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)
-        ]
+        parts = [self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().numpy()[:, back]
@@ -232,6 +234,8 @@ class Cohort:
 
     def _change_input(self, groups: list[Group]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if self._is_shared(args[0]):
+                return args
             x = self._by_lane(args[0])
             for group in groups:
                 values = group.values(self.backbone.dtype)
@@ -243,6 +247,8 @@ class Cohort:
     def _change_output(self, groups: list[Group]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
+            if self._is_shared(first):
+                return output
             y = self._by_lane(first)
             for group in groups:
                 read = self._inputs[group.site.source] if group.site.source else args[0]
@@ -261,6 +267,11 @@ class Cohort:
         mine = on_lanes(y, group.lanes)
         new = group.method.apply(values, x, mine[..., start:stop])
         return put_lanes(y, torch.cat([mine[..., :start], new, mine[..., stop:]], dim=-1), group.lanes)
+
+    def _is_shared(self, x: Tensor) -> bool:
+        """Whether a call belongs to no lane: DeBERTa-v2 sends its table of positions through q and k too."""
+        batch = self.backbone.attending.batch
+        return batch is not None and x.numel() != batch.ids.numel() * x.shape[-1]
 
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""

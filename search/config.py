@@ -1,6 +1,6 @@
 """What a search is: one frozen value, from a TOML file and the command line.
 
-`peftscape.search.config_file` reads and checks it; what a field's metadata says (`least`, `example`) is used there.
+`peftscape.search.config_file` reads it and uses what a field's metadata says (`least`, `most`, `example`).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class SearchSettings:
     """The `[search]` table.
 
     Args:
-        objectives: a quality metric and one or more costs, `"accuracy:max,trainable:min"`. Left out of a file, it
-            is the task's metric against trained parameters.
+        objectives: a quality metric and one or more costs, `"accuracy:max,trainable:min"`. Left out of a
+            file, it is the task's metric against trained parameters.
         sampler: `tpe`, `nsga2`, `gp` or `random`.
         examples: training examples of every trial at full length, the same for all.
         epochs: the same as passes over the training data; one of the two, 2 epochs where neither is given.

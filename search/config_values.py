@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftscape.analysis.front import ObjectiveError, parse_objectives
+from peftscape.search.budget import parse_duration
 from peftscape.search.embedded import EMBEDDED_MODELS, MissingPackageError
 from peftscape.search.metrics import METRICS
 from peftscape.search.task import check_task
@@ -23,53 +24,42 @@ if TYPE_CHECKING:
 
     from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig
 
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd]\s*)+")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)")
 _NAME = re.compile(r"[\w][\w .-]*")
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of `"30m"`, `"2h"`, `"90s"`, `"1h30m"` or `"1.5d"`.
-
-    Raises:
-        ValueError: if it is none of these, or no time at all.
-    """
-    if not _DURATION.fullmatch(text.strip()):
-        raise ValueError(f'a time such as "30m", "2h" or "1h30m" was expected, not "{text}"')
-    seconds = sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"([\d.]+)([smhd])", text))
-    if seconds <= 0 or not math.isfinite(seconds):
-        raise ValueError(f'"{text}" is no time at all')
-    return seconds
-
-
 def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> list[str]:
-    """What is wrong with the values, one line each; tables named in `broken` are looked at as far as they go.
+    """What is wrong with the values, one line each.
 
     Nothing is fetched, and neither torch nor transformers is loaded for models of known families.
+
+    Args:
+        broken: dotted keys that are in error already; what follows from them is not said.
     """
+    tables = {key.partition(".")[0] for key in broken}
     errors = []
     if not _NAME.fullmatch(config.name) or config.name.endswith(".retest"):
-        errors.append(f'name: "{config.name}" cannot name a study; take letters, digits, spaces, ".", "_", "-"')
-    sites = _model(config.model, errors) if "model" not in broken else None
-    if "task" not in broken:
+        errors.append(f'name: "{config.name}" cannot name a study; take letters, digits, " ", ".", "_", "-"')
+    sites = _model(config.model, errors) if not {"model", "model.source", "model.sites"} & broken else None
+    if "task" not in tables:
         errors += check_task(config.task)
     if "space" not in broken:
         errors += _space(config.space, sites)
-    if not {"search", "task"} & broken:
+    if not {"search", "search.objectives", "task.metric"} & broken:
         errors += _objectives(config)
     if config.search.examples is not None and config.search.epochs is not None:
         errors.append("search.epochs: the length is given as search.examples already; give one of the two")
     if config.search.epochs is not None and not 0 < config.search.epochs < math.inf:
         errors.append(f"search.epochs: a number above 0 was expected, not {config.search.epochs!r}")
-    return errors + _budget(config.budget, bounded="budget" not in broken)
+    return errors + _budget(config.budget, bounded="budget" not in tables)
 
 
 def _model(model: ModelConfig, errors: list[str]) -> SiteMap | None:
-    """Its sites; None where they cannot be known, and why is among the errors unless the hub has the model."""
+    """Its sites, or None: then why is among the errors, unless it is still to come from the hub."""
     if not _DEVICE.fullmatch(model.device):
-        errors.append(f'model.device: no device "{model.device}"{nearest(model.device, ("cpu", "cuda", "mps"))}')
+        near = nearest(model.device, ("cpu", "cuda", "mps"))
+        errors.append(f'model.device: no device "{model.device}"{near}')
     source = model.source
     if source not in EMBEDDED_MODELS and not Path(source).expanduser().is_dir():
         if not _HUB_ID.fullmatch(source):
@@ -78,7 +68,7 @@ def _model(model: ModelConfig, errors: list[str]) -> SiteMap | None:
         if close := difflib.get_close_matches(source, EMBEDDED_MODELS, n=1, cutoff=0.7):
             errors.append(f'model.source: no model "{source}". Did you mean "{close[0]}"?')
             return None
-        if not in_hub_cache(source):
+        if not is_here(model):
             return None
     try:
         sites = model.site_map()
@@ -89,17 +79,21 @@ def _model(model: ModelConfig, errors: list[str]) -> SiteMap | None:
         errors.append(f"{'model.sites' if model.sites else 'model.source'}: {error}")
         return None
     if model.head == "class" and sites.head is None:
-        errors.append(
-            f'model.head: transformers has no sequence classifier for {sites.family}; use head = "mean"'
-        )
+        errors.append(f'model.head: transformers has no sequence classifier for {sites.family}; use head = "mean"')
     return sites
 
 
-def in_hub_cache(source: str) -> bool:
-    """Whether a model's configuration lies in the local hub cache."""
+def is_here(model: ModelConfig) -> bool:
+    """Whether the model lies on this disk; else it is still to come from the hub."""
+    if model.source in EMBEDDED_MODELS or Path(model.source).expanduser().is_dir():
+        return True
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(model.source, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def _space(space: str | Mapping[str, Any], sites: SiteMap | None) -> list[str]:
@@ -109,8 +103,7 @@ def _space(space: str | Mapping[str, Any], sites: SiteMap | None) -> list[str]:
         if not read_space(space, sites).slots:
             return [f"space: nothing of it is left on this {sites.family}"]
     except InputError as error:
-        return [f"space.{line}" if error.where == "space" and ": " in line else f"space: {line}"
-                if not line.startswith("no preset") else f"space: {line}" for line in error.errors]  # fmt: skip
+        return [f"space{': ' if line.startswith('no preset') else '.'}{line}" for line in error.errors]
     return []
 
 
@@ -129,7 +122,10 @@ def _objectives(config: SearchConfig) -> list[str]:
     named = [axis.name for axis in axes if axis.name not in COSTS]
     metric = config.task.metric
     if len(named) != 1 or len(axes) < 2:
-        errors.append(f'{at}one metric and at least one cost were expected, as in "{metric}:max,trainable:min"')
+        like = f"{metric}:max,trainable:min"
+        errors.append(f'{at}one metric and at least one cost were expected, as in "{like}"')
+    elif axes[0].name != named[0]:
+        errors.append(f"{at}the metric, {named[0]}, comes first")
     elif metric in METRICS and named[0] != metric:
         errors.append(f"{at}{named[0]} is not the task's metric, {metric}; they must be the same")
     return errors
@@ -141,12 +137,14 @@ def _budget(budget: BudgetConfig, *, bounded: bool) -> list[str]:
         errors.append("budget: give trials or time, or the search never ends")
     if budget.time is not None:
         try:
-            parse_duration(budget.time)
+            if parse_duration(budget.time) <= 0:
+                errors.append(f'budget.time: "{budget.time}" is no time at all')
         except ValueError as error:
             errors.append(f"budget.time: {error}")
     limit = budget.trainable
     percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", limit) if isinstance(limit, str) else None
     share = float(percent[1]) if percent else limit
     if limit is not None and (isinstance(share, str) or share is None or share <= 0):
-        errors.append(f'budget.trainable: a number such as 20000 or a share such as "2%" was expected, not {limit!r}')
+        like = 'a number such as 20000 or a share such as "2%"'
+        errors.append(f"budget.trainable: {like} was expected, not {limit!r}")
     return errors

@@ -111,9 +111,7 @@ class EmbeddedTask:
     def _table(self, rows: Rows, split: str) -> Table:
         ids = {label: i for i, label in enumerate(self.classes)}
         texts, labels = [text for text, _ in rows], [ids[label] for _, label in rows]
-        return from_columns(
-            f"{self.name} [{split}]", {"text": texts, "label": labels}, {"label": self.classes}
-        )
+        return from_columns(f"{self.name} [{split}]", {"text": texts, "label": labels}, {"label": self.classes})
 
 
 def _csv_rows(path: Path, text: str, label: str, names: tuple[str, ...], **only: str) -> Rows:

@@ -57,23 +57,20 @@ def encode(task: Task, tokenizer: Any, max_length: int) -> EncodedTask:
     """
     special = tokenizer.num_special_tokens_to_add(task.train.pairs is not None)
     if max_length <= special:
-        raise TaskError(
-            task.name, [f"max_length: {max_length} leaves no room beside {special} special tokens"]
-        )
+        raise TaskError(task.name, [f"max_length: {max_length} leaves no room beside {special} special tokens"])
     side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
     try:
-        parts = {name: _encode(split, tokenizer, max_length) for name, split in task.splits().items()}
+        parts = {name: encode_split(split, tokenizer, max_length) for name, split in task.splits().items()}
     finally:
         tokenizer.truncation_side = side
-    empty = [
-        f"{name}: {n} texts have no tokens" for name, p in parts.items() if (n := int((p.lengths == 0).sum()))
-    ]
+    empty = [f"{name}: {n} texts have no tokens" for name, p in parts.items() if (n := int((p.lengths == 0).sum()))]
     if empty:
         raise TaskError(task.name, empty)
     return EncodedTask(task, parts["train"], parts["validation"], parts["test"])
 
 
-def _encode(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:
+def encode_split(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:
+    """The tokens of one split."""
     ids: list[Ids] = []
     types: list[Ids] = []
     cut = 0

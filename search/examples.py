@@ -41,9 +41,7 @@ def read_texts(table: Table, key: str, column: str, errors: list[str]) -> list[s
     values = table.column(column)
     nested = [i for i, value in enumerate(values) if isinstance(value, (list, dict, tuple))]
     if nested:
-        errors.append(
-            f'task.{key}: "{column}" holds lists or tables, not text ({table.source}, row {nested[0] + 1})'
-        )
+        errors.append(f'task.{key}: "{column}" holds lists or tables, not text ({table.source}, row {nested[0] + 1})')
         return []
     empty = [i for i, value in enumerate(values) if _is_missing(value)]
     if empty:
@@ -89,9 +87,7 @@ def class_names(table: Table, column: str, labels: Sequence[Label], errors: list
         names = tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
     present = len(set(labels))
     if labels and present == 1:
-        errors.append(
-            f'task.label: all {len(labels)} rows of {table.source} have the label "{_name(labels[0])}"'
-        )
+        errors.append(f'task.label: all {len(labels)} rows of {table.source} have the label "{_name(labels[0])}"')
     elif present > len(labels) / 2:
         errors.append(
             f'task.label: {present} different labels in {len(labels)} rows of {table.source}: is "{column}" '
@@ -107,9 +103,7 @@ def class_ids(
     if column in table.class_names:
         named = table.class_names[column]
         strange = [label for label in labels if not (isinstance(label, int) and 0 <= label < len(named))]
-        words = [
-            named[label] if isinstance(label, int) and 0 <= label < len(named) else "" for label in labels
-        ]
+        words = [named[label] if isinstance(label, int) and 0 <= label < len(named) else "" for label in labels]
     else:
         words = [_name(label) for label in labels]
         strange = []

@@ -68,9 +68,7 @@ def export(
     return Exported(folder, "peft", form.note)
 
 
-def load(
-    directory: str | Path, *, model: Backbone | str | Path | None = None, device: str = "cpu"
-) -> Adapter:
+def load(directory: str | Path, *, model: Backbone | str | Path | None = None, device: str = "cpu") -> Adapter:
     """An adapter that `export` or `save` wrote, ready to predict.
 
     Args:

@@ -34,7 +34,7 @@ def describe(backbone: Backbone, head: HeadKind) -> dict[str, Any]:
 
 
 def source(backbone: Backbone) -> str:
-    """Where a backbone came from, so that it is found from anywhere: a whole path, or a hub id; empty if unknown."""
+    """Where a backbone came from: a whole path, so that it is found from anywhere, or a hub id."""
     local = bool(backbone.source) and Path(backbone.source).is_dir()
     return str(Path(backbone.source).resolve()) if local else backbone.source
 

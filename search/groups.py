@@ -75,7 +75,7 @@ def groups_by_site(lanes: Sequence[Lane], sites: SiteMap, dtype: torch.dtype, de
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Lanes' tensors under one leading dimension, zeros where one is smaller; gradients go back in their own dtype."""
-    stacked: Tensor = _Stack.apply(dtype, *tensors)
+    stacked: Tensor = _Stack.apply(dtype, *tensors)  # type: ignore[no-untyped-call]
     return stacked
 
 
@@ -86,17 +86,24 @@ class _Stack(torch.autograd.Function):
         largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
         out = torch.zeros(len(tensors), *largest, dtype=dtype, device=tensors[0].device)
         for i, t in enumerate(tensors):
-            out[(i, *map(slice, t.shape))].copy_(t)
+            _corner(out[i], t.shape).copy_(t)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         parts = [
-            grad[(i, *map(slice, shape))].to(dtype) if ctx.needs_input_grad[i + 1] else None
+            _corner(grad[i], shape).to(dtype) if ctx.needs_input_grad[i + 1] else None
             for i, (shape, dtype) in enumerate(ctx.shapes)
         ]
         return (None, *parts)
+
+
+def _corner(x: Tensor, shape: torch.Size) -> Tensor:
+    """The part of a padded tensor that is its own."""
+    for dim, size in enumerate(shape):
+        x = x.narrow(dim, 0, size)
+    return x
 
 
 def _numbers(members: Sequence[Method], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

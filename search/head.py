@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftscape.spaces.words import InputError
+
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.packing import Batch
@@ -39,15 +41,15 @@ class Head:
             self.shapes: dict[str, tuple[int, ...]] = {"weight": (outputs, width), "bias": (outputs,)}
             return
         if backbone.sites.head is None:
-            raise ValueError(
-                f'transformers has no sequence classifier for {backbone.sites.family}; use head = "mean"'
-            )
+            reason = f'transformers has no sequence classifier for {backbone.sites.family}; use head = "mean"'
+            raise InputError(backbone.source, [reason])
         self.pooling = backbone.sites.head.pooling
+        if self.pooling == "pooler" and any(name.startswith("pooler.") for name in backbone.missing):
+            # transformers would make one up at random at each load, so that no result could be had again.
+            raise InputError(backbone.source, ['its checkpoint has no pooler, which its head reads; use head = "mean"'])
         self.model = _classifier_around_nothing(backbone, outputs)
         own = backbone.sites.head.modules
-        self.shapes = {
-            name: tuple(p.shape) for name, p in self.model.named_parameters() if name.split(".")[0] in own
-        }
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters() if name.split(".")[0] in own}
 
     @property
     def size(self) -> int:
@@ -80,16 +82,15 @@ class Head:
         picked = states[at.reshape(-1)].unsqueeze(1)
         pooled = self.backbone.pooler(picked) if self.pooling == "pooler" else picked[:, 0]
         per_lane = torch.vmap(self._one)
-        out: Tensor = per_lane(
-            dict(params), picked.view(lanes, examples, 1, -1), pooled.view(lanes, examples, -1)
-        )
+        out: Tensor = per_lane(dict(params), picked.view(lanes, examples, 1, -1), pooled.view(lanes, examples, -1))
         return out
 
     def _one(self, params: dict[str, Tensor], states: Tensor, pooled: Tensor) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
         assert self.model is not None
-        given: _Given = getattr(self.model, self.model.base_model_prefix)  # type: ignore[arg-type]
+        given = self.model.get_submodule(str(self.model.base_model_prefix))
+        assert isinstance(given, _Given)
         given.output = Output(last_hidden_state=states, pooler_output=pooled)
         # One token an example, and none of them padding: classes that look for the last real token find this one.
         ids = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
@@ -112,5 +113,5 @@ def _classifier_around_nothing(backbone: Backbone, outputs: int) -> nn.Module:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         model: nn.Module = AutoModelForSequenceClassification.from_config(config)
-    setattr(model, model.base_model_prefix, _Given())  # type: ignore[arg-type]
+    setattr(model, str(model.base_model_prefix), _Given())
     return model.eval()

@@ -68,7 +68,7 @@ class Lane:
         wanted = np.arange(first, first + count)
         epochs = range(first // size, (first + count - 1) // size + 1)
         orders = {e: np.random.default_rng((self.seed, e)).permutation(size) for e in epochs}
-        return np.array([orders[i // size][i % size] for i in wanted])
+        return np.array([orders[i // size][i % size] for i in wanted.tolist()])
 
     def update(self) -> None:
         """Clip the lane's gradient and take an AdamW step; a gradient that is not finite stops the lane instead."""
@@ -102,7 +102,9 @@ def new_lane(
     masked: bool = True,
 ) -> Lane:
     """A lane at its start: tensors drawn by its seed, masks by their scores (`snip` ones later, by `masks.snip`)."""
-    params, fixed, masks = {}, {}, {}
+    params: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     dtype = backbone.master_dtype
     for key, placement, declared in declared_tensors(design, backbone):
         value = draw(declared, generator(seed, key), backbone).to(dtype)

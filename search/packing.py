@@ -165,7 +165,10 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
 
 
 def _length_classes(
-    lengths: np.ndarray[Any, Any], lane: np.ndarray[Any, Any], row_of: np.ndarray[Any, Any], place: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any],
+    lane: np.ndarray[Any, Any],
+    row_of: np.ndarray[Any, Any],
+    place: np.ndarray[Any, Any],
 ) -> tuple[tuple[LengthClass, ...], np.ndarray[Any, Any]]:
     last = LENGTH_CLASSES[-1]
     bounds = np.array(LENGTH_CLASSES)

@@ -78,9 +78,7 @@ class PeftForm:
     def from_peft(self, stored: Mapping[str, Tensor], shapes: Shapes, where: str) -> dict[str, Tensor]:
         """A lane's tensors, of these shapes, from peft's. Raises InputError with all that does not fit."""
         check(stored, self.shapes, where)
-        return {
-            p.ours: (stored[p.theirs][p.where] / p.factor).reshape(shapes[p.ours]).clone() for p in self.parts
-        }
+        return {p.ours: (stored[p.theirs][p.where] / p.factor).reshape(shapes[p.ours]).clone() for p in self.parts}
 
 
 def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftForm:
@@ -211,9 +209,7 @@ def _prefix(card: Card, backbone: Backbone) -> PeftForm:
         raise InexpressibleError("HF peft's prefixes fall out of the sliding window, and ours do not")
     # A row is a virtual token: the keys of layer 0, its values, the keys of layer 1 ...
     parts = tuple(
-        Part(
-            f"{key}{name}", "prompt_embeddings", (slice(None), slice(at * sites.d_kv, (at + 1) * sites.d_kv))
-        )
+        Part(f"{key}{name}", "prompt_embeddings", (slice(None), slice(at * sites.d_kv, (at + 1) * sites.d_kv)))
         for layer, (key, _, _) in enumerate(found)
         for at, name in ((2 * layer, "keys"), (2 * layer + 1, "values"))
     )
@@ -237,9 +233,7 @@ def _prompt(card: Card, backbone: Backbone) -> PeftForm:
     config |= {"prompt_tuning_init": "RANDOM"}
     shapes: Shapes = {"prompt_embeddings": (method.length, site.d_out)}
     # The transformers class cannot tell padding from text behind a prompt, wherever the padding is.
-    note = (
-        "HF peft's prompt tuning; peft's batches must hold texts of one length (it pools padding otherwise)"
-    )
+    note = "HF peft's prompt tuning; peft's batches must hold texts of one length (it pools padding otherwise)"
     return PeftForm(config, shapes, (Part(f"{key}prompt", "prompt_embeddings"),), note)
 
 

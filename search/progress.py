@@ -55,9 +55,7 @@ class SearchProgress:
             words.append(f"best {best:.3f}")
         if not math.isinf(left_s):
             words.append(f"{max(0, int(left_s)) // 60}:{max(0, int(left_s)) % 60:02d} left")
-        self._bar.update(
-            self._task, description=phase, completed=done, total=total, words="  ".join(words)
-        )
+        self._bar.update(self._task, description=phase, completed=done, total=total, words="  ".join(words))
         line = f"{phase}: {words[0]}, " + ", ".join(words[1:3])
         if self._plain and line != self._said:
             self._said = line

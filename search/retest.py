@@ -48,9 +48,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
             waiting = [r.lane.steps - r.lane.step for r in running]
             while jobs and free > 0 and budget.may_train(sum(waiting), len(waiting), session.steps):
                 number, design, seed = jobs.pop(0)
-                lane = new_lane(
-                    design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head
-                )
+                lane = new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
                 snip(lane, cohort)
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
@@ -66,7 +64,14 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                 _score(done, session, storage, cohort)
                 cohort.retire(*(r.lane for r in done))
                 running = [r for r in running if r not in done]
-            show(progress, "retest", budget, storage, done=total - len(jobs) - len(running), running=len(running))
+            show(
+                progress,
+                "retest",
+                budget,
+                storage,
+                done=total - len(jobs) - len(running),
+                running=len(running),
+            )
         left = len(jobs) + len(running)
         if left:
             progress.say(f"{left} of {total} retests did not fit in the time")
@@ -79,9 +84,7 @@ def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int,
     seeds = [settings.seed + FIRST_SEED + i for i in range(settings.retest_seeds)]
     known = storage.retested()
     found = candidates(storage.records, storage.objectives)
-    jobs = [
-        (r.number, Design.from_json(dict(r.design)), s) for r in found for s in seeds if (r.number, s) not in known
-    ]
+    jobs = [(r.number, Design.from_json(dict(r.design)), s) for r in found for s in seeds if (r.number, s) not in known]
     fit = budget.retests_that_fit(session.steps)
     # All seeds of fewer designs rather than one seed of many: an interval needs its seeds.
     return jobs if fit >= len(jobs) else jobs[: max(int(fit) // max(len(seeds), 1), 1) * len(seeds)]
@@ -96,7 +99,10 @@ def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Coho
     on_validation = cohort.predict(data.validation, *lanes)
     on_test = cohort.predict(data.test, *lanes)
     for r, first, second in zip(good, on_validation, on_test, strict=True):
-        validation, test = metric.score(first, data.validation.targets), metric.score(second, data.test.targets)
+        validation, test = (
+            metric.score(first, data.validation.targets),
+            metric.score(second, data.test.targets),
+        )
         if not np.isfinite([validation, test]).all():
             continue
         storage.add_retest(

@@ -31,9 +31,7 @@ def sampler(name: str, seed: int, number: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
-            return samplers.TPESampler(
-                seed=own, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
-            )
+            return samplers.TPESampler(seed=own, multivariate=True, group=True, constant_liar=True, n_startup_trials=10)
         if name == "gp":
             return samplers.GPSampler(seed=own)
     raise InputError("search.sampler", [f'no sampler "{name}"{nearest(name, SAMPLERS)}'])

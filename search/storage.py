@@ -110,6 +110,10 @@ class Storage:
         """Of all trials that ended."""
         return list(self._records.values())
 
+    def trained(self) -> int:
+        """How many trials were trained, to whatever end; without refused designs and interrupted attempts."""
+        return sum(r.costs is not None and (r.state != "pruned" or bool(r.curve)) for r in self.records)
+
     # -- retests ----------------------------------------------------------------------------------------------------
 
     def retested(self) -> set[tuple[int, int]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftscape.analysis.front import front
-from peftscape.search.budget import Budget, parameter_limit
+from peftscape.search.budget import Budget, parameter_limit, parse_duration
 from peftscape.search.progress import SearchProgress
 from peftscape.search.storage import Storage
 from peftscape.spaces.presets import textbook
@@ -168,10 +168,9 @@ class _Search:
             self._show("search")
 
     def _may_start(self) -> bool:
-        trained = sum(r.state != "pruned" or bool(r.curve) for r in self.storage.records)
         waiting = [lane.steps - lane.step for lane in self.cohort.lanes]
         return self.budget.may_start(
-            begun=trained + len(self.running),
+            begun=self.storage.trained() + len(self.running),
             in_flight_steps=sum(waiting),
             in_flight=len(waiting),
             steps=self.session.steps * self.settings.seeds,
@@ -271,7 +270,11 @@ class _Search:
                 self._keep_adapter(trial)
 
     def _record(
-        self, trial: _Trial, state: Any, failure: Failure | None = None, scores: dict[int, float] | None = None
+        self,
+        trial: _Trial,
+        state: Any,
+        failure: Failure | None = None,
+        scores: dict[int, float] | None = None,
     ) -> Record:
         metric = self.session.task.metric
         lanes = trial.lanes if state == "complete" else []
@@ -296,7 +299,7 @@ class _Search:
 
     def _keep_adapter(self, trial: _Trial) -> None:
         """Save the adapter of a design that is on the front, and drop those that no longer are."""
-        from peftscape.search.adapter import Card, save
+        from peftscape.search.adapter_folder import Card, save
 
         session = self.session
         card = Card(
@@ -325,9 +328,7 @@ class _Search:
         show(self.progress, phase, self.budget, self.storage, done=len(records), running=len(self.running))
 
 
-def show(
-    progress: SearchProgress, phase: str, budget: Budget, storage: Storage, *, done: int, running: int
-) -> None:
+def show(progress: SearchProgress, phase: str, budget: Budget, storage: Storage, *, done: int, running: int) -> None:
     """Tell the progress bar where the search is."""
     complete = [r for r in storage.records if r.state == "complete"]
     quality = storage.objectives[0]
@@ -355,15 +356,12 @@ def _limits(
     storage: Storage, config: SearchConfig, more_trials: int | None, more_time_s: float | None
 ) -> dict[str, Any]:
     """The budget in force: the configuration's, or what earlier sessions extended it to, and now more."""
-    from peftscape.search.config_file import parse_duration
-
     time_s = parse_duration(config.budget.time) if config.budget.time else None
     own = {"trials": config.budget.trials, "time_s": time_s}
     known = storage.attr("limits")
     limits = dict(known["extended"]) if known and known["own"] == own else dict(own)
     if more_trials is not None:
-        trained = sum(r.state != "pruned" or bool(r.curve) for r in storage.records)
-        limits["trials"] = more_trials + (trained if limits["trials"] is None else min(limits["trials"], trained))
+        limits["trials"] = storage.trained() + more_trials
         limits["time_s"] = None if more_time_s is None else limits["time_s"]
     if more_time_s is not None:
         limits["time_s"] = float(storage.attr("spent_s", 0.0)) + more_time_s

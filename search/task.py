@@ -104,9 +104,7 @@ class Task:
         def add(*words: str) -> None:
             for word in words:
                 raw = word.encode("utf-8", "surrogatepass")
-                digest.update(
-                    len(raw).to_bytes(8, "little") + raw
-                )  # lengths, so that no two contents run alike
+                digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths, so that no two contents run alike
 
         add("peftscape.task.1", self.kind, *self.labels)
         for name, split in self.splits().items():
@@ -192,11 +190,7 @@ def check_task(config: TaskConfig) -> list[str]:
             classes = len(EMBEDDED_TASKS[config.name].classes)
             _metric(config, "classification", classes, errors)
             return errors
-        if (
-            config.path is not None
-            and not is_file_name(config.path)
-            and not Path(config.path).expanduser().is_dir()
-        ):
+        if config.path is not None and not is_file_name(config.path) and not Path(config.path).expanduser().is_dir():
             return errors  # a dataset of the hub: not asked before the search starts
         tables = read_tables(config, limit=_HEAD_ROWS)
     except MissingPackageError as error:
@@ -256,13 +250,9 @@ def _metric(config: TaskConfig, kind: Kind, classes: int | None, errors: list[st
     chosen = metric(config.metric or _DEFAULT_METRIC[kind])
     if chosen.kind != kind:
         others = ", ".join(m.name for m in METRICS.values() if m.kind == kind)
-        errors.append(
-            f'task.metric: "{chosen.name}" is for {chosen.kind}, the task is {kind}; there are: {others}'
-        )
+        errors.append(f'task.metric: "{chosen.name}" is for {chosen.kind}, the task is {kind}; there are: {others}')
     elif chosen.binary and classes not in (None, 2):
-        errors.append(
-            f'task.metric: "{chosen.name}" needs 2 classes, the task has {classes}; take "macro_f1"'
-        )
+        errors.append(f'task.metric: "{chosen.name}" needs 2 classes, the task has {classes}; take "macro_f1"')
     return chosen
 
 

@@ -78,15 +78,11 @@ def config_errors(config: TaskConfig) -> list[str]:
         return errors
     if config.name is not None:
         if config.name not in EMBEDDED_TASKS:
-            errors.append(
-                f'task.name: no embedded task "{config.name}"{nearest(config.name, EMBEDDED_TASKS)}'
-            )
+            errors.append(f'task.name: no embedded task "{config.name}"{nearest(config.name, EMBEDDED_TASKS)}')
         for field in fields(config):
             fixed = field.name in ("path", "subset", *SPLITS, "text", "pair", "label")
             if fixed and getattr(config, field.name) != (None if field.default is MISSING else field.default):
-                errors.append(
-                    f"task.{field.name}: the embedded tasks have their own data; give name or {field.name}"
-                )
+                errors.append(f"task.{field.name}: the embedded tasks have their own data; give name or {field.name}")
         if config.kind == "regression":
             errors.append('task.kind: the embedded tasks are classification, not "regression"')
     elif config.path is None and config.train is None:
@@ -103,9 +99,7 @@ def config_errors(config: TaskConfig) -> list[str]:
         errors.append(f'task.metric: no metric "{config.metric}"{nearest(config.metric, METRICS)}')
     for key, size in (("validation_size", config.validation_size), ("test_size", config.test_size)):
         if not (_is_whole(size, 1) or (isinstance(size, float) and 0 < size < 1)):
-            errors.append(
-                f"task.{key}: {size!r} is neither a count of 1 or more nor a fraction between 0 and 1"
-            )
+            errors.append(f"task.{key}: {size!r} is neither a count of 1 or more nor a fraction between 0 and 1")
     if not _is_whole(config.seed, 0) or config.seed >= 2**32:
         errors.append(f"task.seed: {config.seed!r} is not a whole number from 0 to 2**32 - 1")
     if config.max_train is not None and not _is_whole(config.max_train, 1):

@@ -162,9 +162,7 @@ def activation_bytes(
     return batch * tokens * ((sites.layers - 1 - lowest_layer) * whole + lowest + (0 if post else outside))
 
 
-def working_bytes(
-    sites: SiteMap, tokens: int, batch: int, dtype_bytes: int, *, attention: Attention = "eager"
-) -> int:
+def working_bytes(sites: SiteMap, tokens: int, batch: int, dtype_bytes: int, *, attention: Attention = "eager") -> int:
     """Bytes of the largest step of one layer, which come on top of what is kept, in forward or backward
     (counted).
 
@@ -264,9 +262,7 @@ def _trained_bytes(sites: SiteMap, width: int, attention: Attention) -> int:
     a = sites.heads * sites.head_dim
     kept = (2 * sites.d_model + sites.d_ff + (0 if _fused(sites, attention) else a)) * width
     if sites.norm_kind == "rmsnorm":  # a trained gain keeps what it scales (Gemma in float32)
-        kept += sum(size for _, _, size in _norms(sites, 0)) * (
-            4 if sites.family.startswith("gemma") else width
-        )
+        kept += sum(size for _, _, size in _norms(sites, 0)) * (4 if sites.family.startswith("gemma") else width)
     return kept
 
 
@@ -294,9 +290,7 @@ def _norms(sites: SiteMap, layer: int) -> list[tuple[str, int, int]]:
     return found
 
 
-def _norm_bytes(
-    sites: SiteMap, width: int, layer: int = 0, stage: int = -1, adapted: frozenset[str] = QKV
-) -> int:
+def _norm_bytes(sites: SiteMap, width: int, layer: int = 0, stage: int = -1, adapted: frozenset[str] = QKV) -> int:
     """Bytes a token that a layer's norms keep.
 
     LayerNorm keeps its input, mean and 1/deviation, RMSNorm its input as float32 and 1/root mean square.

@@ -159,6 +159,9 @@ class Design:
                     errors.append(f'{at}.sites: this {sites.family} has no "{kind}"{nearest(kind, sites.kinds)}')
             reasons = {reason: None for s in p.where(sites) if (reason := p.method.check(s))}
             errors += [f"{at}.{reason}" for reason in list(reasons)[:3]]
+        prefixed = [s.path for p in self.placements for s in p.where(sites) if s.kind == "kv"]
+        if len(prefixed) > len(set(prefixed)):
+            errors.append("placements: two prefixes on one layer; use one of their joint length")
         positions = self.prompt_length() + self.position_shift()
         if sites.max_positions and positions > sites.max_positions // 2:
             errors.append(f"prompts and prefixes take {positions} of the backbone's {sites.max_positions} positions")
@@ -297,7 +300,9 @@ def _training(row: Any, errors: list[str]) -> Training:
         if name not in names:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and not value):
-            errors.append(f"training.{name}: a number {'above' if name == 'lr' else 'from'} 0 was expected, not {value!r}")
+            errors.append(
+                f"training.{name}: a number {'above' if name == 'lr' else 'from'} 0 was expected, not {value!r}"
+            )
         elif name in ("warmup", "decay") and value > 1:
             errors.append(f"training.{name}: a fraction of the steps was expected, not {value!r}")
         else:

@@ -26,9 +26,7 @@ class Keys:
         for name in names:
             if (value := self.config.get(name)) is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise SiteError(
-                        f"configuration: {name}: a positive whole number was expected, not {value!r}"
-                    )
+                    raise SiteError(f"configuration: {name}: a positive whole number was expected, not {value!r}")
                 return value
         return default
 
@@ -43,9 +41,7 @@ def encoder(config: Config) -> Layout:
     family = str(config["model_type"])
     default = ENCODERS[family]
     if keys.get("add_cross_attention", default=False):
-        raise SiteError(
-            f"{family} with cross-attention is not mapped; an encoder or a decoder alone was expected"
-        )
+        raise SiteError(f"{family} with cross-attention is not mapped; an encoder or a decoder alone was expected")
     deberta, electra = family == "deberta-v2", family == "electra"
     d = keys.number("hidden_size", default=default["hidden_size"])
     f = keys.number("intermediate_size", default=default["intermediate_size"])
@@ -132,9 +128,7 @@ def _encoder_head(family: str, d: int, keys: Keys) -> Head:
     if family == "deberta-v2":
         h = keys.number("pooler_hidden_size", default=d)
         dense = (("pooler.dense.weight", (h, h)), ("pooler.dense.bias", (h,)))
-        return Head(
-            "first", ("pooler", "classifier"), dense + out, keys.get("pooler_hidden_act", default="gelu")
-        )
+        return Head("first", ("pooler", "classifier"), dense + out, keys.get("pooler_hidden_act", default="gelu"))
     layout = (
         ("classifier.dense.weight", (d, d)), ("classifier.dense.bias", (d,)),
         ("classifier.out_proj.weight", (0, d)), ("classifier.out_proj.bias", (0,)),
@@ -222,9 +216,7 @@ def llama(config: Config) -> Layout:
     kv_heads = keys.number("num_key_value_heads", default=grouped or heads)
     head_dim = keys.number("head_dim", default=default.get("head_dim") or _head_dim(d, heads))
     if heads % kv_heads:
-        raise SiteError(
-            f"configuration: {heads} attention heads cannot share {kv_heads} heads of keys and values"
-        )
+        raise SiteError(f"configuration: {heads} attention heads cannot share {kv_heads} heads of keys and values")
     a, kv = heads * head_dim, kv_heads * head_dim
     bias = bool(keys.get("attention_bias", default=False)) and family not in ("mistral", "qwen2")
     in_bias, mlp_bias = (
@@ -283,9 +275,7 @@ def _head_dim(d: int, heads: int) -> int:
     return d // heads
 
 
-def _sizes(
-    d: int, f: int, layers: int, heads: int, vocab: int, kv: int | None = None, **more: Any
-) -> dict[str, Any]:
+def _sizes(d: int, f: int, layers: int, heads: int, vocab: int, kv: int | None = None, **more: Any) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return dict(zip(names, (d, f, layers, heads, vocab), strict=True), num_key_value_heads=kv, **more)
 

@@ -7,7 +7,7 @@ would have suggested it (so that any design can be enqueued), and name its cheap
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -46,8 +46,8 @@ class Range:
 
     def suggest(self, trial: optuna.Trial, name: str) -> float:
         if self.integer:
-            return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
+            return int(trial.suggest_int(name, int(self.low), int(self.high), log=self.log))
+        return float(trial.suggest_float(name, self.low, self.high, log=self.log))
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
         if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
@@ -95,7 +95,7 @@ class Ladder:
 
     def suggest(self, trial: optuna.Trial, name: str) -> int:
         exponent = trial.suggest_int(_log2(name), self.low.bit_length() - 1, self.high.bit_length() - 1)
-        return cast(int, 2**exponent)
+        return 1 << int(exponent)
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
         if not isinstance(value, int) or not self.low <= value <= self.high or value & (value - 1):
@@ -182,7 +182,7 @@ def domain_from_toml(value: Any, *, width: int) -> Domain | None:
     if len(value) != 1:
         raise ValueError(f"a domain is a table with one key, not {dict(value)!r}")
     (word, ends), *_ = value.items()
-    makers = {
+    makers: dict[str, Callable[..., Domain]] = {
         "choice": lambda *v: choice(*(tuple(x) if isinstance(x, list) else x for x in v)),
         "ladder": ladder,
         "int": integer,
@@ -198,7 +198,7 @@ def domain_from_toml(value: Any, *, width: int) -> Domain | None:
         bad = [e for e in ends if isinstance(e, bool) or not isinstance(e, (int, float))]
         if bad or ends[0] > ends[1] or (word == "log" and ends[0] <= 0):
             raise ValueError(f"{word} = {list(ends)!r} is not a range")
-    return cast(Domain, makers[word](*ends))
+    return makers[word](*ends)
 
 
 def _shown(value: Any) -> Value:

@@ -45,10 +45,11 @@ class LayerChoice:
             more: dict[str, Value] = {}
             if word == "bits":
                 more = {f"{name}.{i}": i in wanted for i in range(n)}
-            elif word == "top" and wanted and wanted == tuple(range(n - len(wanted), n)):
-                more = {f"{name}.count": len(wanted)}
-            elif word == "bottom" and wanted and wanted == tuple(range(len(wanted))):
-                more = {f"{name}.count": len(wanted)}
+            elif word in ("top", "bottom") and wanted:
+                k = len(wanted)
+                if wanted != tuple(range(n - k, n) if word == "top" else range(k)):
+                    continue
+                more = {f"{name}.count": k}
             elif word not in ("all", "alternate") or self._fixed(word) != wanted:
                 continue
             return more | ({name: word} if len(self.words) > 1 else {})

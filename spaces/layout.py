@@ -113,9 +113,7 @@ def _layer(of: Layout, layer: int, stack: str) -> list[Site]:
     for m in of.linears:
         for kind, start, stop in m.kinds:
             span = None if stop - start == m.d_out else (start, stop)
-            sites.append(
-                Site(kind, layer, at + m.path, m.d_in, stop - start, stack, None, m.transposed, span, m.bias)
-            )
+            sites.append(Site(kind, layer, at + m.path, m.d_in, stop - start, stack, None, m.transposed, span, m.bias))
     bias = {m.path: m.bias for m in of.linears}
     transposed = {m.path: m.transposed for m in of.linears}
     for kind, places in (("attention", of.attention), ("ffn", of.ffn)):
@@ -134,9 +132,7 @@ def _layer(of: Layout, layer: int, stack: str) -> list[Site]:
     return sites + _small(of.linears, of.norms, layer, at, stack)
 
 
-def _small(
-    linears: tuple[Linear, ...], norms: tuple[Norm, ...], layer: int, at: str, stack: str
-) -> list[Site]:
+def _small(linears: tuple[Linear, ...], norms: tuple[Norm, ...], layer: int, at: str, stack: str) -> list[Site]:
     owners = [(m.path, m.d_in, m.d_out, m.transposed) for m in linears if m.bias]
     owners += [(n.path, n.size, n.size, False) for n in norms if n.bias]
     sites = [

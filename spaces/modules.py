@@ -41,9 +41,7 @@ def layout_from_modules(config: Mapping[str, Any], overrides: Mapping[str, Any])
     model = _build(config)
     settings: Any = model.config
     if settings.is_encoder_decoder:
-        raise SiteError(
-            f"{config.get('model_type')}: encoder-decoder models are not mapped; one stack was expected"
-        )
+        raise SiteError(f"{config.get('model_type')}: encoder-decoder models are not mapped; one stack was expected")
     container, layers = _layers(model, overrides)
     first = layers[0]
     linears = _linears(first)
@@ -83,12 +81,8 @@ def _layout(
     elif missing := {"inputs_embeds", "position_ids"} - set(inspect.signature(model.forward).parameters):
         refused["input"] = f"this model's forward does not take {' and '.join(sorted(missing))}"
     for kind in (*LINEARS, *SUBLAYERS):
-        if kind not in found and (
-            kind in LINEARS or {"attention": "o", "ffn": "down"}.get(kind, "") not in found
-        ):
-            refused[kind] = (
-                f'no module of this model is known as its {kind}; map it with [model.sites] {kind} = "..."'
-            )
+        if kind not in found and (kind in LINEARS or {"attention": "o", "ffn": "down"}.get(kind, "") not in found):
+            refused[kind] = f'no module of this model is known as its {kind}; map it with [model.sites] {kind} = "..."'
     refused.pop("block", None)
     sited = []
     for path, m in linears.items():
@@ -102,19 +96,13 @@ def _layout(
     name = {id(m): path for path, m in model.named_modules()}
     norms = tuple(_norm(path, m) for path, m in first.named_modules() if _is_norm(m))
     inside = at.split(".{layer}")[0] + "."
-    outer = tuple(
-        _norm(path, m) for path, m in model.named_modules() if _is_norm(m) and not path.startswith(inside)
-    )
+    outer = tuple(_norm(path, m) for path, m in model.named_modules() if _is_norm(m) and not path.startswith(inside))
     outside = tuple(
-        m
-        for p, m in _linears(model).items()
-        if not p.startswith(inside) and "pooler" not in p and "router" not in p
+        m for p, m in _linears(model).items() if not p.startswith(inside) and "pooler" not in p and "router" not in p
     )
     positions, offset = _positions(model)
     longest = getattr(settings, "max_position_embeddings", None)
-    layernorm = all(
-        "weight" in dict(m.named_parameters()) and hasattr(m, "normalized_shape") for m in _norms(first)
-    )
+    layernorm = all("weight" in dict(m.named_parameters()) and hasattr(m, "normalized_shape") for m in _norms(first))
     causal = _is_causal(str(config.get("model_type")), first, settings)
     down = found.get("down") or found.get("up")
     return Layout(
@@ -154,9 +142,7 @@ def _build(config: Mapping[str, Any], kind: Any = None) -> nn.Module:
 
         name = str(config.get("model_type"))
         if name not in CONFIG_MAPPING_NAMES:
-            raise SiteError(
-                f'transformers knows no model "{name}"{nearest(name, CONFIG_MAPPING_NAMES)}'
-            ) from None
+            raise SiteError(f'transformers knows no model "{name}"{nearest(name, CONFIG_MAPPING_NAMES)}') from None
         raise SiteError(f"transformers cannot build this {name}: {error}") from None
     return model
 
@@ -171,9 +157,7 @@ def _layers(model: nn.Module, overrides: Mapping[str, Any]) -> tuple[str, list[n
     if len(wanted) > 1:
         raise SiteError(f"[model.sites]: one list of layers was expected, not {', '.join(sorted(wanted))}")
     count = getattr(model.config, "num_hidden_layers", None)
-    stacks = {
-        p: m for p, m in stacks.items() if p in wanted or (not wanted and len(m) == count and _linears(m[0]))
-    }
+    stacks = {p: m for p, m in stacks.items() if p in wanted or (not wanted and len(m) == count and _linears(m[0]))}
     if not stacks:
         seen = dict.fromkeys(re.sub(r"\.\d+\.", ".{n}.", path) for path in _linears(model))
         shown = "".join(f"\n  {path}" for path in list(seen)[:24])
@@ -242,10 +226,7 @@ def _advice(
     else:
         kind, (path, _, _) = next(iter(found.items()), ("q", ("attention.q_proj", 0, 0)))
         example = f'{kind} = "{at}.{path}"'
-    return (
-        text
-        + f"Map them by hand; sites that are neither named nor known are refused:\n[model.sites]\n{example}"
-    )
+    return text + f"Map them by hand; sites that are neither named nor known are refused:\n[model.sites]\n{example}"
 
 
 def _calls_interface(layer: nn.Module) -> str | None:

@@ -170,9 +170,7 @@ class SiteMap:
             raise SiteError(f"layers {missing} of a backbone with layers 0 to {self.layers - 1}")
         if layers.issuperset(range(self.layers)):
             layers.add(-1)
-        return tuple(
-            s for s in self.sites if s.kind in kinds and (s.layer in layers or s.kind in ("input", "model"))
-        )
+        return tuple(s for s in self.sites if s.kind in kinds and (s.layer in layers or s.kind in ("input", "model")))
 
 
 def site_map(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> SiteMap:

@@ -236,5 +236,3 @@ def _count(value: Any) -> float:
 def _finite(option: Option) -> Option:
     """The option without its continuous knobs."""
     return replace(option, knobs={k: v for k, v in option.knobs.items() if not math.isinf(_count(v))})
-
-

@@ -54,12 +54,15 @@ Tensors = dict[str, Tensor]
 
 
 class Lanes:
-    """What `apply` sees of a group of lanes: `p.A` is lanes x shape, `p.alpha` (a number) is lanes x 1 x 1."""
+    """What `apply` sees of a group of lanes: `p.A` is lanes x shape, `p.alpha` (a number) is lanes x 1 x 1.
+
+    Both are tensors; a name that is neither is a mistake in the method, and says so.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Array:
         raise AttributeError(f'a method asked for "{name}", which it neither declares as a tensor nor as a knob')
 
 

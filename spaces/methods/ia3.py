@@ -39,5 +39,10 @@ class IA3(Method):
     def flops(self, site: Site, tokens: int) -> int:
         return tokens * (site.d_in if self.side(site) == "input" else site.d_out)
 
+    def check(self, site: Site) -> str | None:
+        if self.side(site) == "input" and site.span is not None:
+            return f"inputs: {site.kind} shares its input with others in a fused linear"
+        return None
+
     def saved_floats(self, site: Site, tokens: int) -> int:
         return self.flops(site, tokens)

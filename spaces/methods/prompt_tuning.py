@@ -27,7 +27,7 @@ class PromptTuning(Method):
         return {"prompt": Tensor((self.length, site.d_out), init="vocabulary")}
 
     def virtual_tokens(self, p: Lanes) -> Array:
-        return p.prompt  # type: ignore[no-any-return]
+        return p.prompt
 
     def prompt_length(self) -> int:
         return self.length

@@ -18,9 +18,7 @@ def low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tenso
     return torch.baddbmm(y, torch.bmm(x, a.mT) * scale, b.mT)
 
 
-def bottleneck(
-    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str
-) -> Tensor:
+def bottleneck(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str) -> Tensor:
     """sigma(x D^T + b_D) U^T + b_U, with D: L x m x d, U: L x d x m (arXiv:1902.00751, eq. in sec. 2.1)."""
     import torch
 

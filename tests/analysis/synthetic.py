@@ -42,9 +42,7 @@ def record(number: int, validation: float | None = 0.9, adapter: int = 1000, **c
         "n_validation": 537,
         "scores": () if validation is None else (Score(seed=0, validation=validation),),
         "costs": costs(adapter),
-        "failure": Failure(kind="diverged", message="the loss was nan", step=7)
-        if validation is None
-        else None,
+        "failure": Failure(kind="diverged", message="the loss was nan", step=7) if validation is None else None,
     }
     return Record(**fields | changes)
 
@@ -58,13 +56,9 @@ def records(n: int, seed: int = 0) -> list[Record]:
         adapter = 0 if number == 0 else int(np.exp(rng.uniform(np.log(400), np.log(3e6))))
         truth = 0.955 - 0.8 * (adapter + 500) ** -0.28 - rng.gamma(1.2, 0.012) * bool(number)
         validation = rng.binomial(537, float(np.clip(truth, 0.2, 0.99))) / 537
-        state = (
-            "complete" if number < 2 else rng.choice(["complete", "pruned", "failed"], p=[0.82, 0.13, 0.05])
-        )
+        state = "complete" if number < 2 else rng.choice(["complete", "pruned", "failed"], p=[0.82, 0.13, 0.05])
         two = method == "lora" and number % 3 == 0
-        placements = (
-            [] if number == 0 else [{"method": method, "sites": ["q", "v"], "layers": "0-5", "rank": 8}]
-        )
+        placements = [] if number == 0 else [{"method": method, "sites": ["q", "v"], "layers": "0-5", "rank": 8}]
         placements += [{"method": "ia3", "sites": ["k", "v", "down"], "layers": [0, 2, 4]}] * two
         label = "head only" if number == 0 else f"{method} {adapter // 3072 or 1} q,v" + " + ia3" * two
         seen = 16_000 if state == "complete" else 4_000
@@ -121,9 +115,7 @@ def store(
 def _trial(attrs: dict[str, Any], state: Any, of: Record | None = None) -> optuna.trial.FrozenTrial:
     values = None
     if state == optuna.trial.TrialState.COMPLETE:
-        values = (
-            [of.validation, float(of.costs.trainable if of.costs else 0)] if of else [attrs["retest"]["test"]]
-        )
+        values = [of.validation, float(of.costs.trainable if of.costs else 0)] if of else [attrs["retest"]["test"]]
     return optuna.trial.create_trial(state=state, values=values, user_attrs=attrs)
 
 

@@ -95,9 +95,7 @@ def test_best_under_takes_the_cheaper_of_equals() -> None:
 
 
 def test_the_knee_is_where_the_curve_bends() -> None:
-    bend = [
-        synthetic.record(i, q, 10**c) for i, (q, c) in enumerate([(0.5, 3), (0.9, 4), (0.92, 5), (0.94, 6)])
-    ]
+    bend = [synthetic.record(i, q, 10**c) for i, (q, c) in enumerate([(0.5, 3), (0.9, 4), (0.92, 5), (0.94, 6)])]
     found = knee(bend, ACCURACY, "trainable")
     assert found is not None
     assert found.number == 1
@@ -108,9 +106,7 @@ def test_hypervolume_is_the_area_up_to_the_reference() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         points = rng.integers(0, 6, size=(5, 2)).astype(float)  # maximise the first, minimise the second
-        cells = sum(
-            any(q >= i + 1 and c <= j for q, c in points.tolist()) for i in range(6) for j in range(5)
-        )
+        cells = sum(any(q >= i + 1 and c <= j for q, c in points.tolist()) for i in range(6) for j in range(5))
         assert hypervolume(points, ["maximize", "minimize"], [0, 5]) == pytest.approx(cells)
     with pytest.raises(ValueError, match="finite"):
         hypervolume([[1.0, 1.0]], ["maximize", "minimize"], [0, math.inf])

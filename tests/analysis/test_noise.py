@@ -57,9 +57,7 @@ def test_the_smallest_difference_is_where_a_paired_test_is_significant_half_the_
     n, p, rng = 500, 0.95, np.random.default_rng(0)
     d = smallest_difference(n, p)
     assert d == pytest.approx(0.019, abs=5e-4)  # "500 questions: about 2 points"
-    assert smallest_difference(n, p, correlation=0) == pytest.approx(
-        1.96 * math.sqrt(2 * p * (1 - p) / n), rel=1e-4
-    )
+    assert smallest_difference(n, p, correlation=0) == pytest.approx(1.96 * math.sqrt(2 * p * (1 - p) / n), rel=1e-4)
     # Outcomes with correlation 1/2: with probability 1/2 both designs share one draw.
     shared = rng.random((4000, n)) < 0.5
     one, two = rng.random((2, 4000, n))
@@ -72,9 +70,7 @@ def test_the_smallest_difference_is_where_a_paired_test_is_significant_half_the_
 
 def test_the_sampling_error_is_what_drawing_examples_gives() -> None:
     rng = np.random.default_rng(0)
-    assert standard_error("accuracy", 0.9, 537) == pytest.approx(
-        (rng.binomial(537, 0.9, 20_000) / 537).std(), rel=0.05
-    )
+    assert standard_error("accuracy", 0.9, 537) == pytest.approx((rng.binomial(537, 0.9, 20_000) / 537).std(), rel=0.05)
     pairs = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=(3000, 400))
     seen = [np.corrcoef(pair.T)[0, 1] for pair in pairs]
     assert standard_error("pearson", 0.6, 400) == pytest.approx(np.std(seen), rel=0.06)
@@ -138,8 +134,7 @@ def test_equal_designs_are_retested_once() -> None:
 def test_test_scores_decide_nothing() -> None:
     plain = synthetic.records(60)
     tested = [
-        dataclasses.replace(r, retests=(Score(seed=9, validation=0.1, test=float(i % 2)),))
-        for i, r in enumerate(plain)
+        dataclasses.replace(r, retests=(Score(seed=9, validation=0.1, test=float(i % 2)),)) for i, r in enumerate(plain)
     ]
     assert [r.number for r in candidates(plain, AXES)] == [r.number for r in candidates(tested, AXES)]
     assert [r.number for r in front(plain, AXES)] == [r.number for r in front(tested, AXES)]

@@ -53,9 +53,7 @@ def page(study: Study, folder: Path) -> Page:
 
 
 def of(*records: synthetic.Record) -> Study:
-    return from_optuna(
-        synthetic.store(list(records), optuna.storages.InMemoryStorage())[0], source="runs/demo"
-    )
+    return from_optuna(synthetic.store(list(records), optuna.storages.InMemoryStorage())[0], source="runs/demo")
 
 
 @pytest.mark.parametrize("n", [1, 60, 2000])
@@ -78,13 +76,9 @@ def test_a_study_without_a_complete_trial_says_so(tmp_path: Path) -> None:
 
 
 def test_text_of_records_is_text_everywhere(tmp_path: Path) -> None:
-    evil = synthetic.record(
-        0, label=EVIL, textbook=EVIL, design={"placements": [{"method": EVIL, "note": EVIL}]}
-    )
+    evil = synthetic.record(0, label=EVIL, textbook=EVIL, design={"placements": [{"method": EVIL, "note": EVIL}]})
     failed = synthetic.record(1, None, label=EVIL, failure=synthetic.Failure(kind=EVIL, message=EVIL))
-    study = dataclasses.replace(
-        of(evil, failed), name=EVIL, config={"x": EVIL}, environment={EVIL: EVIL}, source=EVIL
-    )
+    study = dataclasses.replace(of(evil, failed), name=EVIL, config={"x": EVIL}, environment={EVIL: EVIL}, source=EVIL)
     found = page(study, tmp_path)
     assert sum(EVIL in text for text in found.text) >= 8
     assert len(found.scripts) == len(page(of(synthetic.record(0)), tmp_path).scripts)
@@ -110,9 +104,7 @@ def test_figures_are_valid_plotly_and_show_every_score() -> None:
 def test_a_figure_of_zero_cost_has_a_place_for_it() -> None:
     study = of(*(synthetic.record(i, 0.8 + i / 50, adapter) for i, adapter in enumerate([0, 500, 90_000])))
     figure = front_figure(study, next(cost for cost in units.SHOWN if cost.name == "adapter_bytes"))
-    ticks = dict(
-        zip(figure["layout"]["xaxis"]["ticktext"], figure["layout"]["xaxis"]["tickvals"], strict=True)
-    )
+    ticks = dict(zip(figure["layout"]["xaxis"]["ticktext"], figure["layout"]["xaxis"]["tickvals"], strict=True))
     points = [x for trace in figure["data"] for x in trace["x"]]
     assert min(points) == ticks["0"] < 4 * 500
     assert all(math.isfinite(math.log10(x)) for x in points)
@@ -121,9 +113,7 @@ def test_a_figure_of_zero_cost_has_a_place_for_it() -> None:
 def test_the_front_is_formed_for_each_cost() -> None:
     study = synthetic.study(60)
     costly = [
-        dataclasses.replace(
-            r, costs=r.costs and dataclasses.replace(r.costs, peak_bytes=10**9 - r.costs.trainable)
-        )
+        dataclasses.replace(r, costs=r.costs and dataclasses.replace(r.costs, peak_bytes=10**9 - r.costs.trainable))
         for r in study.records
     ]
     study = dataclasses.replace(study, records=tuple(costly))
@@ -166,9 +156,7 @@ def test_the_terminal_table_fits_80_columns_and_shows_markup_as_text() -> None:
 def test_json_is_strict_and_states_the_reference() -> None:
     study = synthetic.study(60, retested=4)
     data = json.loads(json.dumps(front_json(study), allow_nan=False))
-    assert [m["number"] for m in data["members"]] == [
-        r.number for r in front(study.records, study.objectives)
-    ]
+    assert [m["number"] for m in data["members"]] == [r.number for r in front(study.records, study.objectives)]
     assert data["hypervolume"] > 0
     assert set(data["reference"]) == {"accuracy", "trainable"}
     everything = json.loads(json.dumps(trials_json(study), allow_nan=False))
@@ -206,9 +194,7 @@ def test_limits_are_round_and_span() -> None:
         assert len(found) <= 10
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(2e3, 3e6), (1.001e9, 1.004e9), (3e5, 4e6), (1, 1e12), (5e5, 5.0001e5)]
-)
+@pytest.mark.parametrize(("low", "high"), [(2e3, 3e6), (1.001e9, 1.004e9), (3e5, 4e6), (1, 1e12), (5e5, 5.0001e5)])
 def test_ticks_are_few_and_distinct(low: float, high: float) -> None:
     values, labels = units.log_ticks(low, high)
     assert 2 <= len(values) <= 10

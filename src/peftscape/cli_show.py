@@ -1,0 +1,175 @@
+"""Commands that describe: the methods, a model's sites, this machine."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftscape.cli_common import Json, plain_table, print_json, show
+
+if TYPE_CHECKING:
+    from peftscape.spaces.methods.base import Method
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for command in (methods, sites, doctor):
+        app.command()(command)
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods: their equations, sites and knobs, by category."""
+    from peftscape.spaces.methods import methods as all_methods
+
+    found = [_method(kind) for kind in all_methods().values()]
+    if as_json:
+        print_json(found)
+        return
+    for category in dict.fromkeys(row["category"] for row in sorted(found, key=lambda row: row["category"])):
+        show(f"{category}")
+        for row in (row for row in found if row["category"] == category):
+            rows = [("equation", row["equation"]), ("source", row["source"] or "–")]
+            rows.append(("sites", f"{', '.join(row['sites'])} (default {', '.join(row['default_sites'])})"))
+            if row["knobs"]:
+                rows.append(("knobs", ", ".join(f"{name} = {value}" for name, value in row["knobs"].items())))
+            merges = "merges into the weights" if row["merges"] else "stays beside the weights"
+            rows.append(("runs", f"{row['execution']}; {merges}"))
+            show(f"  {row['name']}", plain_table("", "", "", rows=[("   ", *cells) for cells in rows]))
+        show("")
+
+
+def _method(kind: type[Method]) -> dict[str, Any]:
+    from peftscape.spaces.sites import KINDS
+
+    paper = re.search(r"\(([^()]*\d{4}[^()]*)\)\.?$", (inspect.getdoc(inspect.getmodule(kind)) or "").split("\n")[0])
+    return {
+        "name": kind.name,
+        "category": kind.category,
+        "equation": " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()),
+        "source": paper[1] if paper else None,
+        "sites": [site for site in KINDS if site in kind.sites],
+        "default_sites": list(kind.default_sites),
+        "knobs": {k: list(v) if isinstance(v, tuple) else v for k, v in kind().knobs().items()},
+        "searched": sorted(kind.domains()),
+        "execution": kind.execution,
+        "merges": kind.merges,
+        "exact_start": kind.exact_start,
+    }
+
+
+def sites(
+    model: Annotated[str, typer.Argument(help="minilm, a folder, or a hub id in the local cache.")],
+    as_json: Json = False,
+) -> None:
+    """Show where a model can be adapted, from its configuration, and what it refuses."""
+    from peftscape.search.config import ModelConfig
+
+    found = ModelConfig(source=model).site_map()
+    kinds: list[dict[str, Any]] = []
+    for kind in found.kinds:
+        of_kind = [s for s in found.sites if s.kind == kind]
+        inner = [s for s in of_kind if s.layer >= 0]
+        first = (inner or of_kind)[0]
+        kinds.append(
+            {
+                "kind": kind,
+                "sites": len(of_kind),
+                "per_layer": sum(s.layer == first.layer for s in inner),
+                "shapes": [list(shape) for shape in dict.fromkeys((s.d_in, s.d_out) for s in of_kind)],
+                "path": re.sub(r"(?<=\.)\d+(?=\.|$)", "{layer}", first.path) if inner else first.path,
+                "columns": None if first.span is None else list(first.span),
+            }
+        )
+    value = {
+        "model": model,
+        "family": found.family,
+        "layers": found.layers,
+        "d_model": found.d_model,
+        "parameters": found.parameters,
+        "max_positions": found.max_positions,
+        "head": None if found.head is None else {"pooling": found.head.pooling, "modules": list(found.head.modules)},
+        "kinds": kinds,
+        "refused": dict(found.refused),
+    }
+    if as_json:
+        print_json(value)
+        return
+    show(
+        f"{model}: {found.family}, {found.layers} layers of {found.d_model}, {found.parameters:,} parameters",
+        "",
+    )
+    rows = [
+        (
+            row["kind"],
+            row["per_layer"] or "–",
+            ", ".join(f"{d_in} x {d_out}" for d_in, d_out in row["shapes"] if d_in),
+            f"{row['path']}{row['columns'] or ''}{' and others' if row['per_layer'] > 1 else ''}" or "–",
+        )
+        for row in kinds
+    ]
+    show(plain_table("site", "a layer", "in x out", "module", rows=rows, right=(1,)))
+    if found.head is None:
+        show("", 'no classifier in transformers for this family: take head = "mean"')
+    if found.refused:
+        show("", "refused", plain_table("", "", rows=[(f"  {k}", why) for k, why in found.refused.items()]))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show the processor, threads, GPU and versions, and whether the embedded default is installed."""
+    import os
+
+    import torch
+
+    from peftscape.search.backbone import has_bfloat16, resolve_dtype
+    from peftscape.search.environment import processor, versions
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    value: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bfloat16": has_bfloat16(),
+        "dtype": resolve_dtype("auto"),
+        "gpus": gpus,
+        "versions": {"python": platform.python_version(), **versions()},
+        "embedded": _embedded(),
+    }
+    if as_json:
+        print_json(value)
+        return
+    yes = "in hardware" if value["bfloat16"] else "not in hardware"
+    rows = [
+        ("processor", value["processor"]),
+        ("threads", f"{value['threads']} of {value['cores']} cores"),
+        ("bfloat16", f"{yes}; models are loaded in {value['dtype']}"),
+        ("gpu", ", ".join(gpus) or "none"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in value["versions"].items())),
+    ]
+    rows += [(row["name"], row["install"] or "installed") for row in value["embedded"]]
+    show(plain_table("", "", rows=rows))
+
+
+def _embedded() -> list[dict[str, Any]]:
+    """Each embedded model and task, and how to install what it lacks."""
+    from peftscape.search.embedded import (
+        EMBEDDED_MODELS,
+        EMBEDDED_TASKS,
+        MissingPackageError,
+        embedded_model_path,
+    )
+
+    rows = []
+    for kind, names in (("model", EMBEDDED_MODELS), ("task", EMBEDDED_TASKS)):
+        for name in names:
+            package = EMBEDDED_MODELS[name][0] if kind == "model" else EMBEDDED_TASKS[name].package
+            install = None
+            try:
+                _ = embedded_model_path(name) if kind == "model" else EMBEDDED_TASKS[name].paths()
+            except MissingPackageError:
+                install = package.install
+            rows.append({"name": f"{kind} {name}", "package": package.name, "install": install})
+    return rows
