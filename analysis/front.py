@@ -2,12 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from peftscape.analysis.measures import is_cost, measure, measured
 from peftscape.spaces.record import COSTS, Direction, Record
 
 _DIRECTIONS: dict[str, Direction] = {
@@ -33,10 +35,8 @@ class Objective:
         return f"{self.name}:{self.direction[:3]}"
 
     def value(self, record: Record) -> float:
-        """The record's value: the mean validation score of a metric, or a cost; NaN where it has none."""
-        if self.name in COSTS:
-            return math.nan if record.costs is None else float(getattr(record.costs, self.name))
-        return record.validation if self.name == record.metric else math.nan
+        """The record's value: the mean validation score of a metric, a cost or a column; NaN where it has none."""
+        return measure(record, self.name)
 
 
 def parse_objectives(text: str, *, metrics: Sequence[str] | None = None) -> tuple[Objective, ...]:
@@ -55,10 +55,10 @@ def parse_objectives(text: str, *, metrics: Sequence[str] | None = None) -> tupl
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, way = (piece.strip() for piece in part.partition(":"))
         near = difflib.get_close_matches(name, [*COSTS, *(metrics or ())], n=1, cutoff=0.7)
-        if name not in COSTS and (near if metrics is None else name not in metrics):
+        if not is_cost(name) and (near if metrics is None else name not in metrics):
             known = f"Known: {', '.join([*(metrics or ()), *COSTS])}"
             errors.append(f'no objective "{name}". ' + (f'Did you mean "{near[0]}"?' if near else known))
-        elif way not in _DIRECTIONS and (way or name not in COSTS):
+        elif way not in _DIRECTIONS and (way or not is_cost(name)):
             errors.append(f'{name}: expected "{name}:max" or "{name}:min", found "{part}"')
         elif name in found:
             errors.append(f"{name}: named twice")
@@ -74,7 +74,7 @@ def non_dominated(values: ArrayLike, directions: Sequence[Direction]) -> NDArray
 
     Row a dominates b where a is nowhere worse and somewhere better. Equal rows do not dominate each other, so
     duplicates of a member are members. A row with NaN is never a member and dominates nothing; infinities
-    compare as numbers. Two objectives take O(n log n), more take O(n x members).
+    compare as numbers. Computed by moocore (Fonseca et al. 2006; O(n log n) for two and three objectives).
 
     Raises:
         ValueError: if `values` is not two-dimensional with one column a direction.
@@ -82,13 +82,37 @@ def non_dominated(values: ArrayLike, directions: Sequence[Direction]) -> NDArray
     losses = _losses(values, directions)
     mask = np.zeros(len(losses), dtype=bool)
     index = np.flatnonzero(~np.isnan(losses).any(axis=1))
-    if len(index):
-        losses = losses[index]
-        mask[index] = _sweep(losses) if losses.shape[1] == 2 else _filter(losses)
+    if not len(index):
+        return mask
+    if losses.shape[1] == 1:
+        mask[index] = losses[index, 0] == losses[index, 0].min()
+        return mask
+    import moocore  # 0.2 s to import
+
+    points = losses[index] + 0.0  # makes -0.0 equal 0.0
+    if np.isinf(points).any():  # moocore 0.3 errs, or crashes, on infinities in three objectives or more
+        points = np.column_stack([np.unique(column, return_inverse=True)[1] for column in points.T]).astype(float)
+    mask[index] = moocore.is_nondominated(points, keep_weakly=True)
     return mask
 
 
-def front(records: Sequence[Record], objectives: Sequence[Objective]) -> tuple[Record, ...]:
+class Front(tuple[Record, ...]):
+    """The members of a front, in the order of the last objective; in a notebook it shows itself as a table."""
+
+    objectives: tuple[Objective, ...]
+
+    def __new__(cls, members: Iterable[Record], objectives: Sequence[Objective]) -> "Front":
+        made = super().__new__(cls, members)
+        made.objectives = tuple(objectives)
+        return made
+
+    def _repr_html_(self) -> str:
+        from peftscape.analysis.table import front_html
+
+        return front_html(self, self.objectives)
+
+
+def front(records: Sequence[Record], objectives: Sequence[Objective]) -> Front:
     """The complete records with finite values that no other of them dominates, by the last objective's value.
 
     Scores are those of validation: retests on test data never form a front.
@@ -99,7 +123,7 @@ def front(records: Sequence[Record], objectives: Sequence[Objective]) -> tuple[R
     able, values = finite(records, objectives)
     mask = non_dominated(values, [objective.direction for objective in objectives])
     members = [(tuple(values[i][::-1]), able[i].number, able[i]) for i in np.flatnonzero(mask)]
-    return tuple(record for *_, record in sorted(members, key=lambda member: member[:2]))
+    return Front((record for *_, record in sorted(members, key=lambda member: member[:2])), objectives)
 
 
 def finite(
@@ -111,10 +135,10 @@ def finite(
         ObjectiveError: if complete records exist and none has an objective's metric.
     """
     complete = [record for record in records if record.state == "complete"]
-    metrics = sorted({record.metric for record in complete})
+    known = measured(complete)
     for objective in objectives:
-        if complete and objective.name not in (*COSTS, *metrics):
-            raise ObjectiveError(f'no record has "{objective.name}". They have: {", ".join([*metrics, *COSTS])}')
+        if complete and objective.name not in known:
+            raise ObjectiveError(f'no record has "{objective.name}". They have: {", ".join(known)}')
     values = np.array([[objective.value(record) for objective in objectives] for record in complete])
     values = values.reshape(len(complete), len(objectives))
     able = np.isfinite(values).all(axis=1)
@@ -158,18 +182,68 @@ def knee(members: Sequence[Record], quality: Objective, cost: str) -> Record | N
 def hypervolume(values: ArrayLike, directions: Sequence[Direction], reference: Sequence[float]) -> float:
     """The volume between the points and `reference`, in the product of the objectives' units.
 
-    Points that are not better than the reference everywhere add nothing. Computed by Optuna.
+    Points that are not better than the reference everywhere add nothing. Computed by moocore.
 
     Raises:
         ValueError: if the reference is not finite or has another number of objectives.
     """
-    from optuna._hypervolume import compute_hypervolume
-
     losses, corner = _losses(values, directions), _losses([reference], directions)[0]
     if not np.isfinite(corner).all():
         raise ValueError(f"the reference must be finite, found {list(reference)}")
     losses = losses[(losses < corner).all(axis=1)]
-    return float(compute_hypervolume(losses, corner)) if len(losses) else 0.0
+    if not len(losses):
+        return 0.0
+    if losses.shape[1] == 1:
+        return float(corner[0] - losses.min())
+    import moocore
+
+    return float(moocore.hypervolume(losses, ref=corner))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A constraint: the records whose measure `name` is at most (`upper`) or at least `value`."""
+
+    name: str
+    upper: bool
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.name}{'<=' if self.upper else '>='}{self.value:g}"
+
+    def admits(self, record: Record) -> bool:
+        """Whether the record keeps the limit; one without the measure does not."""
+        value = measure(record, self.name)
+        return value <= self.value if self.upper else value >= self.value
+
+
+def parse_limits(text: str, *, known: Sequence[str]) -> tuple[Limit, ...]:
+    """The limits in text such as "trainable<=1e6, accuracy>=0.8".
+
+    Raises:
+        ObjectiveError: if a part is no limit, or no record has what it names.
+    """
+    errors, found = [], []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\S+?)\s*(<=|>=)\s*(\S+)", part)
+        try:
+            if match is None or math.isnan(float(match[3])):
+                raise ValueError
+        except ValueError:
+            errors.append(f'expected a limit such as "trainable<=1e6", found "{part}"')
+            continue
+        if match[1] not in known:
+            near = difflib.get_close_matches(match[1], known, n=1)
+            errors.append(f'no record has "{match[1]}". ' + (f'Did you mean "{near[0]}"?' if near else ""))
+        found.append(Limit(match[1], match[2] == "<=", float(match[3])))
+    if errors:
+        raise ObjectiveError("limits: " + "; ".join(errors))
+    return tuple(found)
+
+
+def within(records: Sequence[Record], limits: Sequence[Limit]) -> tuple[Record, ...]:
+    """The records that keep every limit (the epsilon constraint of a front)."""
+    return tuple(record for record in records if all(limit.admits(record) for limit in limits))
 
 
 def _losses(values: ArrayLike, directions: Sequence[Direction]) -> NDArray[np.float64]:
@@ -178,28 +252,3 @@ def _losses(values: ArrayLike, directions: Sequence[Direction]) -> NDArray[np.fl
     if array.ndim != 2 or array.shape[1] != len(directions):
         raise ValueError(f"expected points x {len(directions)} objectives, found shape {array.shape}")
     return array * np.where([way == "maximize" for way in directions], -1.0, 1.0)
-
-
-def _sweep(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Two objectives: along the first, the second must beat all before and equal the least of its column."""
-    order = np.lexsort((losses[:, 1], losses[:, 0]))
-    x, y = losses[order].T
-    start = np.flatnonzero(np.r_[True, x[1:] != x[:-1]])
-    column = np.cumsum(np.r_[True, x[1:] != x[:-1]]) - 1
-    least = y[start]
-    before = np.r_[np.inf, np.minimum.accumulate(least)[:-1]]
-    # An infinite loss that comes first is beaten by none, although inf < inf is false.
-    mask = np.empty(len(x), dtype=bool)
-    mask[order] = (y == least[column]) & ((y < before[column]) | (column == 0))
-    return mask
-
-
-def _filter(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Any number of objectives: the first row in lexicographic order is a member; drop what it dominates."""
-    points, inverse = np.unique(losses + 0.0, axis=0, return_inverse=True)  # + 0.0 makes -0.0 equal 0.0
-    member = np.zeros(len(points), dtype=bool)
-    left = np.arange(len(points))
-    while len(left):
-        member[left[0]] = True
-        left = left[1:][(points[left[1:]] < points[left[0]]).any(axis=1)]
-    return member[inverse.reshape(-1)]

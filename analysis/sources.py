@@ -1,4 +1,4 @@
-"""Where records come from: a run folder, an Optuna storage, or JSON lines."""
+"""Where records come from: a run folder, an Optuna storage, JSON lines, CSV, or HF peft's result files."""
 
 import dataclasses
 import json
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from peftscape.analysis.front import Objective, ObjectiveError, parse_objectives
+from peftscape.analysis.measures import Imported, is_cost, measured
+from peftscape.analysis.peft_results import is_peft_folder, read_peft
+from peftscape.analysis.rows import RowsError, flat_objects, imported, read_csv
 from peftscape.spaces.record import COSTS, Failure, Record, RecordError, Score, State
 
 RETEST = ".retest"
@@ -41,12 +44,52 @@ class Study:
     @property
     def quality(self) -> Objective:
         """The objective that is a metric: the first that is not a cost, else the records' own metric."""
-        named = [objective for objective in self.objectives if objective.name not in COSTS]
+        named = [objective for objective in self.objectives if not is_cost(objective.name)]
         return named[0] if named else _default_objectives(self.records)[0]
+
+    @property
+    def cost(self) -> Objective:
+        """The objective that quality is weighed against: the first that is a cost, else a cost the records have."""
+        named = [objective for objective in self.objectives if is_cost(objective.name)]
+        return named[0] if named else _default_objectives(self.records)[-1]
+
+    @property
+    def imported(self) -> bool:
+        """Whether the records are other people's runs, whose costs are columns."""
+        return any(isinstance(record, Imported) for record in self.records)
+
+    def aimed(self, objectives: Sequence[Objective] | str) -> "Study":
+        """The study with other objectives; of imported runs the first that is no cost becomes the quality.
+
+        Raises:
+            ObjectiveError: if text does not name objectives, or no record has one of them.
+        """
+        known = measured(self.records)
+        if isinstance(objectives, str):
+            objectives = parse_objectives(objectives, metrics=known)
+        records = self.records
+        metrics = [objective for objective in objectives if not is_cost(objective.name)]
+        if self.imported and metrics:
+            first = metrics[0]
+            if first.name not in known:
+                raise ObjectiveError(f'no record has "{first.name}". They have: {", ".join(known)}')
+            records = tuple(
+                r.aimed(first.name, first.direction) if isinstance(r, Imported) else r for r in self.records
+            )
+        return dataclasses.replace(self, records=records, objectives=tuple(objectives))
+
+    def _repr_html_(self) -> str:
+        """The front as a table, for notebooks."""
+        from peftscape.analysis.table import study_html
+
+        return study_html(self)
 
 
 def load(source: str | Path, *, name: str | None = None) -> Study:
-    """The study in a run folder (with `study.db`), an Optuna storage (URL or `.db` file) or JSON lines.
+    """The study in a run folder, an Optuna storage, JSON lines, CSV, or a folder of HF peft's results.
+
+    A run folder has `study.db`; a storage is a URL or a `.db` file. JSON lines hold this package's records, or
+    flat objects, which are read as the rows of a CSV file are (`rows.imported`).
 
     In an Optuna storage a trial's record is the JSON in its user attribute `record`; a trial without one is
     listed with the state that Optuna knows, but for those that wait to be started. Retests are the trials of
@@ -65,13 +108,25 @@ def load(source: str | Path, *, name: str | None = None) -> Study:
     path = Path(source)
     if path.is_dir():
         if not (path / "study.db").is_file():
-            raise SourceError(f"{path}: expected a run folder with study.db, which is not there")
+            if is_peft_folder(path):
+                return _load_peft(path)
+            raise SourceError(f"{path}: expected a run folder with study.db, or HF peft's result files; not there")
         return _load_storage(f"sqlite:///{path / 'study.db'}", name, shown=text)
     if not path.is_file():
         raise SourceError(f"{path}: no such file or folder")
     with path.open("rb") as file:
         is_sqlite = file.read(16).startswith(b"SQLite format 3")
-    return _load_storage(f"sqlite:///{path}", name, shown=text) if is_sqlite else _load_lines(path)
+    if is_sqlite:
+        return _load_storage(f"sqlite:///{path}", name, shown=text)
+    try:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            return _from_rows(path, read_csv(path))
+        flat = flat_objects(path.read_text(encoding="utf-8").splitlines())
+        return _from_rows(path, flat) if flat else _load_lines(path)
+    except RowsError as error:
+        raise SourceError(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not text: {error}") from None
 
 
 def from_optuna(study: Any, retests: Any = None, *, source: str = "") -> Study:
@@ -130,6 +185,22 @@ def _load_storage(url: str, name: str | None, *, shown: str) -> Study:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def _load_peft(folder: Path) -> Study:
+    records, notes, errors = read_peft(folder)
+    if errors:
+        raise SourceError(_several(str(folder), errors))
+    axes = _default_objectives(records)
+    return Study(
+        name=folder.resolve().name, source=str(folder), records=records, objectives=axes, notes=tuple(notes)
+    )
+
+
+def _from_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Study:
+    records, notes = imported(rows, source=str(path))
+    axes = _default_objectives(records)
+    return Study(name=path.stem, source=str(path), records=records, objectives=axes, notes=notes)
 
 
 def _load_lines(path: Path) -> Study:
@@ -235,10 +306,14 @@ def _objectives(attrs: Mapping[str, Any], records: Sequence[Record]) -> tuple[Ob
 
 
 def _default_objectives(records: Sequence[Record]) -> tuple[Objective, ...]:
-    """The metric of the records against trained parameters."""
+    """The metric of the records against trained parameters, or the first cost that imported runs have."""
     scored = [record for record in records if record.scores] or list(records)
     metric = (scored[0].metric, scored[0].direction) if scored else ("score", "maximize")
-    return (Objective(*metric), Objective("trainable", "minimize"))
+    if not any(isinstance(record, Imported) for record in records):
+        return (Objective(*metric), Objective("trainable", "minimize"))
+    names = measured(records)
+    costs = [name for name in ("trainable", *names) if name in names and is_cost(name)]
+    return (Objective(*metric), *(Objective(name, "minimize") for name in costs[:1]))
 
 
 def _several(where: str, errors: Sequence[str]) -> str:

@@ -65,9 +65,9 @@ class Backbone:
         return table
 
     def pooler(self, states: Tensor) -> Tensor:
-        """The frozen pooler of BERT-like models on rows x 1 x d_model."""
-        pooled: Tensor = self.model.pooler(states)  # type: ignore[operator]
-        return pooled
+        """The frozen pooler of BERT-like models on rows x 1 x d_model, in the backbone's precision."""
+        pooled: Tensor = self.model.pooler(states.to(self.dtype))  # type: ignore[operator]
+        return pooled.to(states.dtype)
 
     @classmethod
     def load(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 DEFAULT_EPOCHS = 2.0
 """Passes over the training data of a full training, where neither examples nor epochs are given."""
 
+DEFAULT_TRIALS = 30
+"""How many designs are trained where neither trials nor time are given."""
+
 
 def _whole(default: int | None, *, least: int, most: int | None = None) -> Any:
     """A field for a whole number from `least` to `most`."""
@@ -127,4 +130,4 @@ class SearchConfig:
     task: TaskConfig
     space: str | Mapping[str, Any] = "unified"
     search: SearchSettings = SearchSettings()
-    budget: BudgetConfig = BudgetConfig(trials=30)
+    budget: BudgetConfig = BudgetConfig(trials=DEFAULT_TRIALS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peftscape.search.config import SearchConfig
+from peftscape.search.config import DEFAULT_TRIALS, SearchConfig
 from peftscape.search.config_values import value_errors
 from peftscape.search.metrics import METRICS
 from peftscape.spaces.record import COSTS
@@ -27,7 +27,7 @@ DEFAULT: Mapping[str, Any] = {
     "name": "demo",
     "model": {"source": "minilm"},
     "task": {"name": "trec6"},
-    "budget": {"trials": 30},
+    "budget": {"trials": DEFAULT_TRIALS},
 }
 """The embedded default: what `peftscape search` runs when it is given no file."""
 
@@ -40,8 +40,8 @@ _WORDS = {
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> SearchConfig:
     """A search's configuration from a TOML file (or its table), with some keys set anew.
 
-    What hangs together is filled in: the name is the file's where none is given; the task's metric and the
-    search's objectives follow from each other. Paths are relative to the working directory.
+    What is left out follows from the rest: the name is the file's, the task's metric and the search's objectives
+    are each other's, and a budget without trials and time has 30 trials. Paths start in the working directory.
 
     Args:
         overrides: `key=value` with dotted keys, `search.lanes=4`. A value is TOML; what is not TOML is text.
@@ -136,8 +136,8 @@ def _override(table: dict[str, Any], text: str, errors: list[str]) -> None:
         return
     for part in path[:-1]:
         inner = table.get(part)
-        if part == "space" and isinstance(inner, str):
-            inner = {"preset": inner}  # one knob of a preset set anew
+        if part == "space" and not isinstance(inner, dict):  # one knob of a preset set anew
+            inner = {"preset": SearchConfig.space if inner is None else inner}
         if not isinstance(inner, dict):
             inner = {}
         table[part] = inner
@@ -163,7 +163,10 @@ def _hint(path: Sequence[str]) -> Any:
 
 
 def _connect(table: dict[str, Any]) -> None:
-    """The task's metric from the objectives, or these from the metric, where one is left out."""
+    """An end where none is given; the metric from the objectives, or these from it, where one is left out."""
+    budget = table.setdefault("budget", {})
+    if isinstance(budget, dict) and budget.get("trials") is None and budget.get("time") is None:
+        budget["trials"] = DEFAULT_TRIALS
     task, search = table.get("task"), table.setdefault("search", {})
     if not isinstance(task, dict) or not isinstance(search, dict):
         return

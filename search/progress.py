@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from peftscape.analysis.front import front
+
+if TYPE_CHECKING:
+    from peftscape.search.budget import Budget
+    from peftscape.search.storage import Storage
 
 
 class SearchProgress:
@@ -56,7 +62,7 @@ class SearchProgress:
         if not math.isinf(left_s):
             words.append(f"{max(0, int(left_s)) // 60}:{max(0, int(left_s)) % 60:02d} left")
         self._bar.update(self._task, description=phase, completed=done, total=total, words="  ".join(words))
-        line = f"{phase}: {words[0]}, " + ", ".join(words[1:3])
+        line = f"{phase} {done if total is None else trials} {front}"
         if self._plain and line != self._said:
             self._said = line
             self._console.print(f"{phase}: {', '.join(words)}", highlight=False)
@@ -64,3 +70,20 @@ class SearchProgress:
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._bar.console.print(text, highlight=False)
+
+
+def show(progress: SearchProgress, phase: str, budget: Budget, storage: Storage, *, done: int, running: int) -> None:
+    """Tell the progress bar where the search is."""
+    complete = [r for r in storage.records if r.state == "complete"]
+    quality = storage.objectives[0]
+    best = max if quality.direction == "maximize" else min
+    progress.show(
+        phase,
+        done=budget.elapsed_s() if budget.time_s else done,
+        total=budget.time_s or budget.trials,
+        trials=done,
+        running=running,
+        front=len(front(complete, storage.objectives)),
+        best=best((r.validation for r in complete), default=None),
+        left_s=budget.left_s(),
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from peftscape.analysis.noise import candidates
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.masks import snip
+from peftscape.search.progress import show
 from peftscape.spaces.design import Design
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ class _Retest:
 
 def retest(session: Session, storage: Storage, budget: Budget, progress: SearchProgress) -> None:
     """Train and score the further seeds of all candidates that the time allows, the most important designs first."""
-    from peftscape.search.study import show
-
     settings = session.config.search
     jobs = _jobs(session, storage, budget)
     cohort = session.cohort()

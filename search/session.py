@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
 from peftscape.search.embedded import EMBEDDED_MODELS, embedded_model_path
 from peftscape.search.head import Head
 from peftscape.search.task import EncodedTask, Task, encode, load_task
+from peftscape.spaces.price import costs
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
+    from peftscape.spaces.design import Design
+    from peftscape.spaces.record import Costs
 
 
 @dataclass
@@ -65,6 +69,32 @@ def open_session(config: SearchConfig) -> Session:
     head = Head(backbone, kind=model.head, outputs=task.num_outputs)
     tokens = round(float(np.mean(data.train.lengths)))
     return Session(config, backbone, head, task, data, tokens, full_length(config, len(task.train)))
+
+
+def design_costs(session: Session, design: Design) -> Costs:
+    """What a design costs alone in this session: on this backbone, for this task's typical text."""
+    return costs(
+        design,
+        session.backbone.sites,
+        outputs=session.task.num_outputs,
+        tokens=session.tokens,
+        batch=session.config.search.batch_size,
+        head=session.config.model.head,
+        dtype=str(session.backbone.dtype).removeprefix("torch."),
+    )
+
+
+def adapter_card(session: Session, design: Design, seed: int) -> Card:
+    """What an adapter's folder says of it."""
+    return Card(
+        design=design,
+        head=session.config.model.head,
+        outputs=session.task.num_outputs,
+        max_length=session.config.model.max_length,
+        labels=session.task.labels,
+        metric=session.task.metric.name,
+        task={"name": session.task.name, "seed": seed},
+    )
 
 
 def model_path(source: str) -> str:

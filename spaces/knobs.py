@@ -94,8 +94,8 @@ class Ladder:
     high: int
 
     def suggest(self, trial: optuna.Trial, name: str) -> int:
-        exponent = trial.suggest_int(_log2(name), self.low.bit_length() - 1, self.high.bit_length() - 1)
-        return 1 << int(exponent)
+        exponent: int = trial.suggest_int(_log2(name), self.low.bit_length() - 1, self.high.bit_length() - 1)
+        return cast(int, 1 << exponent)
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
         if not isinstance(value, int) or not self.low <= value <= self.high or value & (value - 1):

@@ -138,8 +138,15 @@ class Method:
         """Forward FLOPs for one sequence beyond the frozen site's: 2 a parameter and token, unless overridden."""
         return 2 * tokens * sum(t.size for t in self.tensors(site).values() if t.deployed)
 
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        """Which tensors of the site's own autograd keeps for this method: `x` (what it reads), `y` (what it gives).
+
+        A tensor that several methods or sites read is kept once.
+        """
+        return ()
+
     def saved_floats(self, site: Site, tokens: int) -> int:
-        """Activations that autograd keeps for one sequence because this method is here."""
+        """Numbers that autograd keeps for one sequence because this method is here, besides those of `keeps`."""
         return 0
 
     def check(self, site: Site) -> str | None:

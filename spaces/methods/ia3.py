@@ -37,12 +37,12 @@ class IA3(Method):
         return x * p.s.unsqueeze(1)
 
     def flops(self, site: Site, tokens: int) -> int:
-        return tokens * (site.d_in if self.side(site) == "input" else site.d_out)
+        return 0  # element-wise, which is nothing beside products
 
     def check(self, site: Site) -> str | None:
         if self.side(site) == "input" and site.span is not None:
             return f"inputs: {site.kind} shares its input with others in a fused linear"
         return None
 
-    def saved_floats(self, site: Site, tokens: int) -> int:
-        return self.flops(site, tokens)
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        return ("x",) if self.side(site) == "input" else ("y",)  # what is scaled, for the gradient of s

@@ -34,8 +34,11 @@ class LoRA(Method):
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         return ops.low_rank(x, y, p.A, p.B, p.alpha / p.rank)
 
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        return ("x",)  # for the gradient of A
+
     def saved_floats(self, site: Site, tokens: int) -> int:
-        return tokens * (site.d_in + self.rank)
+        return tokens * self.rank  # A x, for the gradient of B
 
     def check(self, site: Site) -> str | None:
         if self.rank > min(site.d_in, site.d_out):

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 from peftscape.spaces.knobs import knob, ladder, log_uniform
 from peftscape.spaces.methods.base import Lanes, Method, Tensors
-from peftscape.spaces.methods.sequential_adapter import ACTIVATIONS, bottleneck_tensors, check_bottleneck
+from peftscape.spaces.methods.sequential_adapter import (
+    ACTIVATIONS,
+    bottleneck_saved,
+    bottleneck_tensors,
+    check_bottleneck,
+)
 from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
@@ -35,8 +40,11 @@ class ParallelAdapter(Method):
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size
 
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        return ("x",)
+
     def saved_floats(self, site: Site, tokens: int) -> int:
-        return tokens * (site.d_out + 2 * self.size)
+        return bottleneck_saved(self.activation, self.size, tokens)
 
     def check(self, site: Site) -> str | None:
         return check_bottleneck(site, self.size)

@@ -44,8 +44,5 @@ class PrefixTuning(Method):
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * self.length * site.d_in  # scores and their sum over values; d_in is the queries' width
 
-    def saved_floats(self, site: Site, tokens: int) -> int:
-        return 2 * self.length * site.d_out + 2 * tokens * self.length
-
     def check(self, site: Site) -> str | None:
         return None if self.length >= 1 else f"length: {self.length} is not at least 1"

@@ -25,6 +25,11 @@ def bottleneck_tensors(width: int, size: int) -> Tensors:
     }
 
 
+def bottleneck_saved(activation: str, size: int, tokens: int) -> int:
+    """What the activation keeps: relu and tanh their output, which `up` reads anyway; the others their input too."""
+    return tokens * size * (1 if activation in ("relu", "tanh") else 2)
+
+
 def check_bottleneck(site: Site, size: int) -> str | None:
     """A bottleneck is at most as wide as what it narrows."""
     return f"size: {size} is wider than the {site.kind} output ({site.d_out})" if size > site.d_out else None
@@ -50,8 +55,11 @@ class SequentialAdapter(Method):
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size
 
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        return ("y",)
+
     def saved_floats(self, site: Site, tokens: int) -> int:
-        return tokens * (site.d_out + 2 * self.size)
+        return bottleneck_saved(self.activation, self.size, tokens)
 
     def check(self, site: Site) -> str | None:
         return check_bottleneck(site, self.size)

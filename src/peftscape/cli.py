@@ -6,6 +6,7 @@ Commands load what they need when they run, so that help, checks and errors answ
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,11 +120,11 @@ def check(file: File = None, set_: Set = None, as_json: Json = False) -> None:
 @app.command()
 def train(
     design: Annotated[Path, typer.Argument(metavar="DESIGN.json", help="Placements and training, as JSON.")],
-    out: Annotated[Path, typer.Option(help="Gets the adapter; with several seeds, one folder each.")],
+    out: Annotated[Path, typer.Option(help="Gets the adapter, of several seeds that of the first.")],
     model: Model = None,
     task: TaskOption = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings, with the seeds from 0.")] = 1,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training data.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from search.seed on; they train together.")] = 1,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; the design's own without.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Training examples instead of epochs.")] = None,
     set_: Set = None,
     as_json: Json = False,
@@ -135,24 +136,21 @@ def train(
     from peftscape.spaces.words import InputError
 
     chosen = Design.from_json(_design(design), where=design.name)
-    own = chosen.training.epochs if examples is None else None
-    named = {"model.source": model, "search.examples": examples, "search.epochs": epochs or own}
+    if epochs is not None:
+        chosen = replace(chosen, training=replace(chosen.training, epochs=epochs))
+    named = {"model.source": model, "search.epochs": epochs}
     config = read_config({**DEFAULT, "name": "train"}, [*_task(task), *_overrides(named), *(set_ or [])])
     if is_here(config.model) and (errors := chosen.check(config.model.site_map())):
         raise InputError(design.name, errors)
 
     from peftscape.search.train import train_design
 
-    results = []
-    for seed in range(seeds):
-        folder = out if seeds == 1 else out / f"seed-{seed}"
-        results.append(train_design(chosen, config, out=folder, seed=seed, examples=examples))
+    seed = config.search.seed
+    result = train_design(chosen, config, out=out, seed=seed, seeds=seeds, examples=examples, quiet=as_json)
     if as_json:
-        print_json(results)
+        print_json(result)
     else:
-        heads = [key for key, value in results[0].items() if not isinstance(value, dict | list)]
-        shown = [[_short(result.get(key)) for key in heads] for result in results]
-        show(chosen.label, plain_table("", *[""] * seeds, rows=zip(heads, *shown, strict=True)))
+        _show_trained(result)
 
 
 def _config(file: Path | None, out: Path | None, overrides: list[str]) -> SearchConfig:
@@ -205,8 +203,20 @@ def _design(path: Path) -> Any:
     return value["design"] if isinstance(value, dict) and "design" in value else value
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+def _show_trained(result: dict[str, Any]) -> None:
+    from peftscape.analysis.units import SHOWN, amount, score
+
+    costs = ((c.title.partition(" (")[0].lower(), amount(result["costs"][c.name], c.unit)) for c in SHOWN)
+    rows = [(row["seed"], score(row["validation"]), score(row["test"])) for row in result["scores"]]
+    show(
+        f"{result['label']}: {result['examples']:,} examples",
+        plain_table("", "", rows=costs),
+        "",
+        plain_table("seed", f"validation {result['metric']}", "test", rows=rows, right=(0, 1, 2)),
+        *(f"failed: {line}" for line in result["failed"]),
+        "",
+        f"adapter of seed {rows[0][0]}: {result['adapter']}",
+    )
 
 
 def _show_checked(source: str, config: SearchConfig, found: Checked) -> None:

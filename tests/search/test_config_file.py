@@ -8,8 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from peftscape.search.config import ModelConfig, SearchConfig, SearchSettings
+from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings
 from peftscape.search.config_file import DEFAULT, config_from_json, config_json, read_config
+from peftscape.search.config_values import value_errors
 from peftscape.search.samplers import SAMPLERS
 from peftscape.search.task_config import TaskConfig
 from peftscape.spaces.sites import site_map
@@ -205,9 +206,12 @@ def test_a_limit_is_a_number_or_a_share(limit):
     assert error.startswith("budget.trainable: a number such as 20000 or a share")
 
 
-def test_a_search_without_an_end_is_refused():
-    found = errors({**TASK, "budget": {"trainable": 20000}})
-    assert found == ["budget: give trials or time, or the search never ends"]
+def test_a_search_always_has_an_end():
+    for budget in ({}, {"trainable": 20000}):
+        assert read_config({**TASK, "budget": budget}).budget.trials == 30
+    assert read_config({**TASK, "budget": {"time": "1h"}}).budget.trials is None
+    endless = SearchConfig(task=TaskConfig(name="trec6"), budget=BudgetConfig())
+    assert value_errors(endless) == ["budget: give trials or time, or the search never ends"]
 
 
 def test_a_task_is_needed():
@@ -291,7 +295,7 @@ def test_a_stored_configuration_comes_back_equal(table):
 
 
 def test_a_stored_configuration_of_another_version_says_so():
-    with pytest.raises(InputError, match="search.lnes: no such key"):
+    with pytest.raises(InputError, match=r"search\.lnes: no such key"):
         config_from_json({**TASK, "search": {"lnes": 3}})
 
 

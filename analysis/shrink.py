@@ -1,0 +1,192 @@
+"""Shrinkage: what noisy scores say of true ones, by an empirical Bayes model that pulls lucky winners back.
+
+theta_i ~ sum_k w_k N(f(c_i) + mu_k, tau_k^2),   y_i | theta_i ~ N(theta_i, s_i^2)
+
+theta_i is what design i truly scores, y_i what was seen with standard error s_i, f a polynomial in the log of
+the cost c_i, and the mixture takes tails: many designs are ordinary, some have failed. The mixture is fitted
+by EM (Dempster et al. 1977), its number of parts chosen by BIC; its own uncertainty comes from refits with
+Dirichlet weights (the weighted likelihood bootstrap of Newton and Raftery 1994).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from peftscape.analysis.front import non_dominated
+from peftscape.spaces.record import Direction
+
+Floats = NDArray[np.float64]
+FEWEST = 6
+"""With fewer scores than this a prior cannot be learnt, and scores count as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Draws (draws x designs) of true scores; `shrunk` says whether a prior was learnt or scores taken as seen."""
+
+    draws: Floats
+    shrunk: bool
+
+    @property
+    def mean(self) -> Floats:
+        """The posterior mean of each design."""
+        return np.asarray(self.draws.mean(axis=0))
+
+    def interval(self, level: float = 0.95) -> tuple[Floats, Floats]:
+        """The central interval of each design."""
+        tail = 50 * (1 - level)
+        low, high = np.percentile(self.draws, [tail, 100 - tail], axis=0)
+        return low, high
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    weights: Floats
+    means: Floats
+    variances: Floats
+    slope: Floats
+    likelihood: float
+
+
+def posterior(
+    seen: ArrayLike, errors: ArrayLike, cost: ArrayLike | None = None, *, draws: int = 2000, seed: int = 0
+) -> Posterior:
+    """True scores given the scores seen, their standard errors and the costs of their designs.
+
+    Args:
+        seen: one score a design, in the metric's units.
+        errors: its standard error; 0 where it is exact.
+        cost: what the design costs, not negative; the prior's middle follows its log.
+        draws: how many draws of all designs to return.
+
+    Raises:
+        ValueError: if shapes differ, or a value is not finite or an error or cost negative.
+    """
+    y, s = np.asarray(seen, dtype=np.float64), np.asarray(errors, dtype=np.float64)
+    c = np.zeros(len(y)) if cost is None else np.asarray(cost, dtype=np.float64)
+    if not (y.ndim == 1 and y.shape == s.shape == c.shape):
+        raise ValueError(f"expected one score, error and cost a design, found shapes {y.shape}, {s.shape}, {c.shape}")
+    if not (np.isfinite([*y, *s, *c]).all() and (s >= 0).all() and (c >= 0).all()):
+        raise ValueError("expected finite scores, and errors and costs that are not negative")
+    rng = np.random.default_rng(seed)
+    n = len(y)
+    if n < FEWEST or not s.any() or np.ptp(y) == 0:
+        return Posterior(y + s * rng.standard_normal((draws, n)), shrunk=False)
+    basis = _basis(c)
+    scale = float(y.std())
+    z, e2 = (y - y.mean()) / scale, (s / scale) ** 2
+    fits = [_fit(z, e2, basis, np.ones(n), k) for k in (1, 2, 3) if 4 * k <= n]
+    parts = min(fits, key=lambda fit: _bic(fit, n)).weights.size
+    refits = 40 if n <= 500 else 12
+    found = []
+    for size in np.diff(np.linspace(0, draws, refits + 1).astype(int)):
+        weights = rng.dirichlet(np.ones(n)) * n
+        found.append(_draw(_fit(z, e2, basis, weights, parts), z, e2, basis, int(size), rng))
+    return Posterior(np.concatenate(found) * scale + y.mean(), shrunk=True)
+
+
+def _basis(cost: Floats) -> Floats:
+    """Powers of the standardised log cost: none for a single cost or few designs, then one, then two."""
+    x = np.log1p(cost)
+    if np.ptp(x) == 0 or len(x) < 8:
+        return np.empty((len(x), 0))
+    x = (x - x.mean()) / x.std()
+    return np.column_stack([x, x * x - 1])[:, : 1 if len(x) < 25 else 2]
+
+
+def _fit(z: Floats, e2: Floats, basis: Floats, weights: Floats, parts: int, steps: int = 60) -> _Mixture:
+    """EM for a mixture of normals with known noise and a shared trend; `weights` are the designs' counts."""
+    slope = np.zeros(basis.shape[1])
+    if basis.shape[1]:
+        full = np.column_stack([np.ones(len(z)), basis])
+        root = np.sqrt(weights)[:, None]
+        slope = np.linalg.lstsq(full * root, z * root[:, 0], rcond=None)[0][1:]
+    rest = z - basis @ slope
+    spread = float(np.average((rest - np.average(rest, weights=weights)) ** 2, weights=weights))
+    mu = np.quantile(rest, np.linspace(0, 1, 2 * parts + 1)[1::2])
+    tau = np.full(parts, max(spread - float(e2.mean()), 0.05 * spread))
+    if parts > 1:
+        tau = tau * np.linspace(1.0, 0.2, parts)  # a wide lower part, a narrow upper one
+    share = np.full(parts, 1 / parts)
+    floor = 1e-3 * spread + 1e-12
+    likelihood = -math.inf
+    for _ in range(steps):
+        total = tau[None, :] + e2[:, None]
+        centre = (basis @ slope)[:, None] + mu[None, :]
+        log = np.log(share) - 0.5 * (np.log(2 * np.pi * total) + (z[:, None] - centre) ** 2 / total)
+        top = log.max(axis=1, keepdims=True)
+        norm = top[:, 0] + np.log(np.exp(log - top).sum(axis=1))
+        now = float(weights @ norm)
+        if now - likelihood < 1e-4:
+            break
+        likelihood = now
+        r = np.exp(log - norm[:, None]) * weights[:, None]
+        gain = tau[None, :] / total
+        theta = centre + gain * (z[:, None] - centre)
+        left = tau[None, :] * e2[:, None] / total
+        mass = r.sum(axis=0) + 1e-9
+        # One part's worth of a design at the overall spread keeps a variance from falling to nothing.
+        off = theta - (basis @ slope)[:, None]
+        mu = (r * off).sum(axis=0) / mass
+        tau = np.maximum(((r * ((off - mu) ** 2 + left)).sum(axis=0) + 0.1 * spread) / (mass + 1), floor)
+        share = mass / mass.sum()
+        if basis.shape[1]:
+            precision = (r / tau).sum(axis=1)
+            target = (r / tau * (theta - mu)).sum(axis=1) / precision
+            root = np.sqrt(precision)
+            slope = np.linalg.lstsq(basis * root[:, None], target * root, rcond=None)[0]
+    return _Mixture(share, mu, tau, slope, likelihood)
+
+
+def _bic(fit: _Mixture, n: int) -> float:
+    return (3 * fit.weights.size - 1 + fit.slope.size) * math.log(n) - 2 * fit.likelihood
+
+
+def _draw(fit: _Mixture, z: Floats, e2: Floats, basis: Floats, size: int, rng: np.random.Generator) -> Floats:
+    total = fit.variances[None, :] + e2[:, None]
+    centre = (basis @ fit.slope)[:, None] + fit.means[None, :]
+    log = np.log(fit.weights) - 0.5 * (np.log(total) + (z[:, None] - centre) ** 2 / total)
+    share = np.exp(log - log.max(axis=1, keepdims=True))
+    share /= share.sum(axis=1, keepdims=True)
+    middle = centre + fit.variances / total * (z[:, None] - centre)
+    sd = np.sqrt(fit.variances * e2[:, None] / total)
+    part = (rng.random((size, len(z), 1)) > np.cumsum(share, axis=1)[None, :, :-1]).sum(axis=2)
+    row = np.arange(len(z))[None, :]
+    return np.asarray(middle[row, part] + sd[row, part] * rng.standard_normal(part.shape))
+
+
+def front_probability(
+    draws: Floats, costs: ArrayLike, directions: Sequence[Direction], limit: int = 400
+) -> Floats:
+    """The share of draws in which each design is on the front of its drawn quality and its exact other objectives.
+
+    `directions` begin with the quality's. `costs` is designs x the other objectives. With more than one of
+    these, at most `limit` draws are used.
+    """
+    other = np.asarray(costs, dtype=np.float64).reshape(draws.shape[1], -1)
+    quality = draws if directions[0] == "maximize" else -draws
+    if other.shape[1] == 0:
+        return np.asarray((quality == quality.max(axis=1, keepdims=True)).mean(axis=0))
+    if other.shape[1] == 1:
+        cost = other[:, 0] if directions[1] == "minimize" else -other[:, 0]
+        order = np.argsort(cost, kind="stable")
+        best = np.maximum.accumulate(quality[:, order], axis=1)
+        # Of designs that cost the same the best counts: compare with the last of each group.
+        last = np.searchsorted(cost[order], cost[order], side="right") - 1
+        member = np.empty(draws.shape[1])
+        member[order] = (quality[:, order] >= best[:, last]).mean(axis=0)
+        return member
+    # A design that even at its best draw is beaten by others at their worst is never a member.
+    hopes = np.column_stack([quality.max(axis=0), other])
+    ways: list[Direction] = ["maximize", *directions[1:]]
+    sure = np.column_stack([quality.min(axis=0), other])
+    sign = np.where([way == "maximize" for way in ways], -1.0, 1.0)
+    able = np.array([not ((sure * sign < h).all(axis=1)).any() for h in hopes * sign])
+    chosen = draws[:limit]
+    counts = np.zeros(draws.shape[1])
+    for draw in quality[: len(chosen), able]:
+        counts[able] += non_dominated(np.column_stack([draw, other[able]]), ways)
+    return counts / len(chosen)

