@@ -10,9 +10,7 @@ from peftscape.analysis.measures import measure
 from peftscape.spaces.record import Direction, Record
 
 
-def attainment(
-    sets: Sequence[ArrayLike], directions: Sequence[Direction], share: float = 0.5
-) -> NDArray[np.float64]:
+def attainment(sets: Sequence[ArrayLike], directions: Sequence[Direction], share: float = 0.5) -> NDArray[np.float64]:
     """The points that at least `share` of the sets attain: each dominates or equals no more than it must.
 
     The empirical attainment surface (Grunert da Fonseca et al. 2001) of two or three objectives, computed by

@@ -63,7 +63,9 @@ def imported(rows: Sequence[Mapping[str, Any]], *, source: str) -> tuple[tuple[I
     columns = list(dict.fromkeys(key for row in rows for key in row))
     known = {_METHOD, _SEED, *NAMES, *STATES, *ERRORS, *SIZES}
     numeric = [
-        c for c in columns if c not in known and any(_given(r.get(c)) for r in rows) and all(_ok(r.get(c)) for r in rows)
+        c
+        for c in columns
+        if c not in known and any(_given(r.get(c)) for r in rows) and all(_ok(r.get(c)) for r in rows)
     ]
     metrics = [c for c in numeric if not is_cost(c)]
     if rows and not metrics:

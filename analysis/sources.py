@@ -192,9 +192,7 @@ def _load_peft(folder: Path) -> Study:
     if errors:
         raise SourceError(_several(str(folder), errors))
     axes = _default_objectives(records)
-    return Study(
-        name=folder.resolve().name, source=str(folder), records=records, objectives=axes, notes=tuple(notes)
-    )
+    return Study(name=folder.resolve().name, source=str(folder), records=records, objectives=axes, notes=tuple(notes))
 
 
 def _from_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Study:

@@ -7,6 +7,7 @@ through that interface never calls it, and `calls` shows that.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,10 @@ NAME = "peftscape"
 
 @dataclass
 class Prefix:
-    """Keys and values that a group of lanes adds in one layer: lanes x length x d_kv, `lengths` of each lane."""
+    """Keys and values that lanes `first` to before `stop` add in one layer: lanes x length x d_kv."""
 
-    lanes: tuple[int, ...]
+    first: int
+    stop: int
     keys: Tensor
     values: Tensor
     lengths: Tensor
@@ -134,35 +136,41 @@ def _attend_class(
     bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
     softcap = more.get("softcap")
 
-    pieces: list[tuple[Tensor | slice, Tensor]] = []
-    rest = tuple(sorted({int(g) for g in rows.lanes}))
-    for prefix in run.prefixes.get(layer, []):
-        mine = rows.of(prefix.lanes)
-        rest = tuple(g for g in rest if g not in prefix.lanes)
-        if isinstance(mine, Tensor) and not len(mine):
-            continue
-        which = torch.tensor([prefix.lanes.index(int(g)) for g in rows.lanes[_numpy(mine)]], dtype=torch.long)
-        pk, pv, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
-        own = bias[mine].expand(-1, -1, rows.length, -1)
-        full = torch.cat([hidden.expand(-1, -1, rows.length, -1), own], dim=-1)
-        keys, values = torch.cat([pk, k[mine]], dim=2), torch.cat([pv, v[mine]], dim=2)
-        pieces.append((mine, _softmax_attention(q[mine], keys, values, full, scale, softcap)))
-    if not pieces:
-        return _softmax_attention(q, k, v, bias, scale, softcap)
-    if rest:
-        mine = rows.of(rest)
-        pieces.append((mine, _softmax_attention(q[mine], k[mine], v[mine], bias[mine], scale, softcap)))
-    return _assemble(pieces, len(rows.rows))
+    prefixes = sorted(run.prefixes.get(layer, []), key=lambda p: p.first)
+    cuts = [rows.before(lane) for p in prefixes for lane in (p.first, p.stop)]
+    sizes = [stop - start for start, stop in pairwise([0, *cuts, len(rows.rows)])]
+    owners = [None, *(who for p in prefixes for who in (p, None))]
+    bias = bias.expand(len(rows.rows), -1, -1, -1)
+    outputs = [
+        _softmax_attention(*_with_prefix(owner, rows, start, *parts), scale, softcap)
+        for owner, start, *parts in zip(
+            owners, [0, *cuts], *(torch.split(t, sizes) for t in (q, k, v, bias)), strict=True
+        )
+        if len(parts[0])
+    ]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _with_prefix(
+    prefix: Prefix | None, rows: LengthClass, start: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and bias of rows from `start` on, the keys and values behind their lane's prefix."""
+    if prefix is None:
+        return q, k, v, bias
+    which = torch.from_numpy(rows.lanes[start : start + len(q)] - prefix.first)
+    keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
+    hidden = hidden.expand(-1, -1, bias.shape[2], -1)
+    return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), torch.cat([hidden, bias], dim=-1)
 
 
 def _prefix_rows(prefix: Prefix, which: Tensor, kv_heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The lanes' prefixes for their rows (rows x kv heads x length x head_dim), and what hides the padding."""
     length = prefix.keys.shape[1]
-    split = [t.view(len(prefix.lanes), length, kv_heads, width).transpose(1, 2) for t in (prefix.keys, prefix.values)]
+    split = [t.view(-1, length, kv_heads, width).transpose(1, 2) for t in (prefix.keys, prefix.values)]
     inside = torch.arange(length) < prefix.lengths[:, None]
     low = torch.finfo(prefix.keys.dtype).min
     hidden = torch.zeros((), dtype=prefix.keys.dtype).where(inside, low)[:, None, None, :]
-    return split[0][which], split[1][which], hidden[which]
+    return split[0].index_select(0, which), split[1].index_select(0, which), hidden[which]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -178,13 +186,3 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: flo
         scores = torch.tanh(scores / softcap) * softcap
     weights = torch.softmax(scores + bias, dim=-1)
     return torch.matmul(weights, v).transpose(1, 2)
-
-
-def _assemble(pieces: list[tuple[Tensor | slice, Tensor]], rows: int) -> Tensor:
-    """Put the groups' rows back in order."""
-    order = torch.cat([torch.arange(rows)[mine] for mine, _ in pieces])
-    return torch.cat([out for _, out in pieces]).index_select(0, torch.argsort(order))
-
-
-def _numpy(rows: Tensor | slice) -> Any:
-    return rows if isinstance(rows, slice) else rows.numpy()

@@ -85,6 +85,9 @@ class Backbone:
             InputError: if there is nothing to load, or the model's sites cannot be mapped.
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
         source = str(source)
         try:

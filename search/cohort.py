@@ -8,7 +8,7 @@ its own tensors alone; each lane clips and updates itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftscape.search.attention import Prefix
-from peftscape.search.groups import Group, groups_by_site, on_lanes, put_lanes
+from peftscape.search.groups import Group, Stage, stages
 from peftscape.search.lane import HEAD, Lane
 from peftscape.search.packing import Batch, LaneBatch, pack
 from peftscape.spaces.record import Failure
@@ -52,7 +52,7 @@ class Cohort:
         self.backbone, self.head, self.train = backbone, head, train
         self.batch_size, self.regression = batch_size, regression
         self.lanes: list[Lane] = []
-        self._groups: list[Group] = []
+        self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
 
@@ -147,7 +147,7 @@ class Cohort:
             inputs["attention_mask"] = batch.mask
         if self.backbone.sites.causal:
             inputs["use_cache"] = False
-        prompts = [g for g in self._groups if g.site.kind == "input"]
+        prompts = self._groups("input")
         if prompts:
             inputs["inputs_embeds"] = self._with_prompts(prompts, batch)
         else:
@@ -162,7 +162,7 @@ class Cohort:
         return states.reshape(-1, states.shape[-1])
 
     def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        whole = [g for g in self._groups if g.site.kind == "model"]
+        whole = self._groups("model")
         if not whole:
             return model(**inputs)
         delta, weights, start = whole[0].tensors["delta"][0].to(self.backbone.dtype), {}, 0
@@ -178,7 +178,7 @@ class Cohort:
         used = [0] * len(self.lanes)
         for group in groups:
             vectors = group.method.virtual_tokens(group.values(self.backbone.dtype))
-            for i, lane in enumerate(group.lanes):
+            for i, lane in enumerate(range(group.first, group.first + group.count)):
                 places = batch.prompts[lane]
                 assert places is not None
                 length = len(group.tensors["prompt"][i])
@@ -190,12 +190,16 @@ class Cohort:
 
     def _prefixes(self) -> dict[int, list[Prefix]]:
         prefixes: dict[int, list[Prefix]] = {}
-        for group in self._groups:
-            if group.site.kind == "kv":
-                keys, values = group.method.prefix(group.values(self.backbone.dtype))
-                lengths = torch.tensor([len(t) for t in group.tensors["keys"]])
-                prefixes.setdefault(group.site.layer, []).append(Prefix(group.lanes, keys, values, lengths))
+        for group in self._groups("kv"):
+            keys, values = group.method.prefix(group.values(self.backbone.dtype))
+            lengths = torch.tensor([len(t) for t in group.tensors["keys"]])
+            prefixes.setdefault(group.site.layer, []).append(
+                Prefix(group.first, group.first + group.count, keys, values, lengths)
+            )
         return prefixes
+
+    def _groups(self, kind: str) -> list[Group]:
+        return [group for stage in self._stages if stage.site.kind == kind for group in stage.groups]
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -206,22 +210,22 @@ class Cohort:
             hook.remove()
         self._hooks.clear()
         backbone = self.backbone
-        self._groups = groups_by_site(self.lanes, backbone.sites, backbone.dtype, backbone.device)
-        inputs: dict[str, list[Group]] = {}
-        outputs: dict[str, list[Group]] = {}
-        for group in self._groups:
-            if group.site.kind in ("kv", "input", "model"):
+        self._stages = stages(self.lanes, backbone.sites, backbone.dtype, backbone.device)
+        inputs: dict[str, list[Stage]] = {}
+        outputs: dict[str, list[Stage]] = {}
+        for stage in self._stages:
+            if stage.site.kind in ("kv", "input", "model"):
                 continue
-            before = group.method.side(group.site) == "input"
-            (inputs if before else outputs).setdefault(group.site.path, []).append(group)
-        for path, groups in inputs.items():
-            self._hooks.append(self._module(path).register_forward_pre_hook(self._change_input(groups)))
-        sources = {g.site.source for groups in outputs.values() for g in groups if g.site.source}
+            before = stage.groups[0].method.side(stage.site) == "input"
+            (inputs if before else outputs).setdefault(stage.site.path, []).append(stage)
+        for path, here in inputs.items():
+            self._hooks.append(self._module(path).register_forward_pre_hook(self._change_input(here)))
+        sources = {stage.site.source for here in outputs.values() for stage in here if stage.site.source}
         for source in sources:
             hook = self._module(source).register_forward_pre_hook(self._keep_input(source), with_kwargs=True)
             self._hooks.append(hook)
-        for path, groups in outputs.items():
-            self._hooks.append(self._module(path).register_forward_hook(self._change_output(groups)))
+        for path, here in outputs.items():
+            self._hooks.append(self._module(path).register_forward_hook(self._change_output(here)))
 
     def _module(self, path: str) -> nn.Module:
         return self.backbone.model.get_submodule(path)
@@ -232,41 +236,39 @@ class Cohort:
 
         return hook
 
-    def _change_input(self, groups: list[Group]) -> Callable[..., Any]:
+    def _change_input(self, here: list[Stage]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             if self._is_shared(args[0]):
                 return args
             x = self._by_lane(args[0])
-            for group in groups:
-                values = group.values(self.backbone.dtype)
-                x = put_lanes(x, group.method.apply_input(values, on_lanes(x, group.lanes)), group.lanes)
+            for stage in here:
+                sizes, who = stage.segments(len(x))
+                x = _join(
+                    part if group is None else group.method.apply_input(group.values(x.dtype), part)
+                    for group, part in zip(who, torch.split(x, sizes), strict=True)
+                )
             return (x.view(args[0].shape), *args[1:])
 
         return hook
 
-    def _change_output(self, groups: list[Group]) -> Callable[..., Any]:
+    def _change_output(self, here: list[Stage]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
             if self._is_shared(first):
                 return output
             y = self._by_lane(first)
-            for group in groups:
-                read = self._inputs[group.site.source] if group.site.source else args[0]
-                x = on_lanes(self._by_lane(read), group.lanes)
-                y = self._adapt(group, x, y)
+            for stage in here:
+                x = self._by_lane(self._inputs[stage.site.source] if stage.site.source else args[0])
+                if stage.site.span is None:
+                    y = _adapt(stage, x, y)
+                else:  # this site's columns of a fused linear
+                    start, stop = stage.site.span
+                    left, mine, right = torch.split(y, [start, stop - start, y.shape[-1] - stop], dim=-1)
+                    y = torch.cat([left, _adapt(stage, x, mine), right], dim=-1)
             y = y.view(first.shape)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook
-
-    def _adapt(self, group: Group, x: Tensor, y: Tensor) -> Tensor:
-        values = group.values(self.backbone.dtype)
-        if group.site.span is None:
-            return put_lanes(y, group.method.apply(values, x, on_lanes(y, group.lanes)), group.lanes)
-        start, stop = group.site.span  # this site's columns of a fused linear
-        mine = on_lanes(y, group.lanes)
-        new = group.method.apply(values, x, mine[..., start:stop])
-        return put_lanes(y, torch.cat([mine[..., :start], new, mine[..., stop:]], dim=-1), group.lanes)
 
     def _is_shared(self, x: Tensor) -> bool:
         """Whether a call belongs to no lane: DeBERTa-v2 sends its table of positions through q and k too."""
@@ -276,3 +278,17 @@ class Cohort:
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""
         return x.reshape(len(self.lanes), -1, x.shape[-1])
+
+
+def _adapt(stage: Stage, x: Tensor, y: Tensor) -> Tensor:
+    """The site's output with every group's change, cut into lanes once and joined once."""
+    sizes, who = stage.segments(len(y))
+    return _join(
+        mine if group is None else group.method.apply(group.values(y.dtype), read, mine)
+        for group, read, mine in zip(who, torch.split(x, sizes), torch.split(y, sizes), strict=True)
+    )
+
+
+def _join(parts: Iterable[Tensor]) -> Tensor:
+    joined = list(parts)
+    return torch.cat(joined) if len(joined) > 1 else joined[0]

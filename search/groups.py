@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Lanes that adapt one site with one method.
+    """Lanes side by side that adapt one site with one method.
 
     Args:
         method: of one of them; only what all share may be read from it.
-        lanes: their numbers in the cohort, ascending.
+        first, count: the lanes' numbers in the cohort, from `first` on.
         tensors: the declared tensors of each, by name.
         numbers: numeric knobs by name, lanes x 1 x 1.
     """
 
     method: Method
     site: Site
-    lanes: tuple[int, ...]
+    first: int
+    count: int
     tensors: dict[str, list[Tensor]]
     numbers: dict[str, Tensor]
 
@@ -40,37 +41,92 @@ class Group:
         return Lanes(stacked | self.numbers)
 
 
-def groups_by_site(lanes: Sequence[Lane], sites: SiteMap, dtype: torch.dtype, device: torch.device) -> list[Group]:
-    """All groups, those of one site in the order in which its placements act.
+@dataclass(frozen=True)
+class Stage:
+    """What happens at one site at once: groups with no lane in common, in the order of their lanes.
 
-    A lane's second placement on a site acts on what its first gave: groups of second placements come second.
+    A lane's second placement on a module acts on what its first gave: it belongs to a later stage.
     """
-    found: dict[tuple[Any, ...], list[tuple[int, Method, dict[str, Tensor]]]] = {}
+
+    site: Site
+    groups: tuple[Group, ...]
+
+    def segments(self, lanes: int) -> tuple[list[int], list[Group | None]]:
+        """Sizes that cut `lanes` into groups and gaps, and who each segment is."""
+        sizes: list[int] = []
+        who: list[Group | None] = []
+        at = 0
+        for group in self.groups:
+            if group.first > at:
+                sizes.append(group.first - at)
+                who.append(None)
+            sizes.append(group.count)
+            who.append(group)
+            at = group.first + group.count
+        if at < lanes:
+            sizes.append(lanes - at)
+            who.append(None)
+        return sizes, who
+
+
+Member = tuple[int, Method, dict[str, Tensor]]
+
+
+def stages(lanes: Sequence[Lane], sites: SiteMap, dtype: torch.dtype, device: torch.device) -> list[Stage]:
+    """All stages, those of one module in the order in which each lane's placements act on it.
+
+    One module may be sites of several kinds (BERT's output.dense is `down`, `ffn` and `bias`): placements are counted
+    for the module, and within a placement the model's order holds, so that neighbours change neither. A group is a
+    run of neighbouring lanes with the same method, so that it is a view of the cohort's tensors and its gradients
+    need no scattering.
+    """
+    order = {site: i for i, site in enumerate(sites.sites)}
+    found: dict[tuple[Any, ...], list[Member]] = {}
     where: dict[tuple[Any, ...], Site] = {}
     for number, lane in enumerate(lanes):
-        depth: dict[tuple[str, str], int] = {}
+        depth: dict[str, int] = {}
         for i, placement in enumerate(lane.design.placements):
-            for site in placement.where(sites):
-                declared = placement.method.tensors(site)
-                if not declared:
-                    continue
-                place = (site.kind, site.path)
-                level = depth[place] = depth.get(place, -1) + 1
+            adapted = [
+                (site, declared) for site in placement.where(sites) if (declared := placement.method.tensors(site))
+            ]
+            for site, declared in adapted:
                 own = {**lane.params, **lane.fixed}
                 tensors = {name: own[f"{i}/{tensor_key(site, name, t)}"] for name, t in declared.items()}
-                key = (level, *place, placement.method.name, placement.method.group_key(site))
+                key = (depth.get(site.path, 0), order[site], placement.method.side(site))
                 where[key] = site
                 found.setdefault(key, []).append((number, placement.method, tensors))
+            for path in {site.path for site, _ in adapted}:
+                depth[path] = depth.get(path, 0) + 1
     return [
-        Group(
-            method=members[0][1],
-            site=where[key],
-            lanes=tuple(number for number, _, _ in members),
-            tensors={name: [tensors[name] for _, _, tensors in members] for name in members[0][2]},
-            numbers=_numbers([method for _, method, _ in members], dtype, device),
-        )
-        for key, members in sorted(found.items(), key=lambda item: item[0][0])
+        Stage(where[key], tuple(_group(run, where[key], dtype, device) for run in _runs(members, where[key])))
+        for key, members in sorted(found.items())
     ]
+
+
+def _runs(members: list[Member], site: Site) -> list[list[Member]]:
+    """Neighbouring lanes with the same method and static knobs."""
+
+    def kind(member: Member) -> tuple[Any, ...]:
+        return (member[1].name, member[1].group_key(site))
+
+    runs: list[list[Member]] = []
+    for member in members:
+        if runs and runs[-1][-1][0] + 1 == member[0] and kind(runs[-1][-1]) == kind(member):
+            runs[-1].append(member)
+        else:
+            runs.append([member])
+    return runs
+
+
+def _group(members: list[Member], site: Site, dtype: torch.dtype, device: torch.device) -> Group:
+    return Group(
+        method=members[0][1],
+        site=site,
+        first=members[0][0],
+        count=len(members),
+        tensors={name: [tensors[name] for _, _, tensors in members] for name in members[0][2]},
+        numbers=_numbers([method for _, method, _ in members], dtype, device),
+    )
 
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -113,22 +169,3 @@ def _numbers(members: Sequence[Method], dtype: torch.dtype, device: torch.device
         for name, value in knobs[0].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-
-
-def on_lanes(x: Tensor, lanes: tuple[int, ...]) -> Tensor:
-    """The rows of these lanes: a view where they lie side by side."""
-    if len(lanes) == len(x):
-        return x
-    if lanes[-1] - lanes[0] + 1 == len(lanes):
-        return x[lanes[0] : lanes[-1] + 1]
-    return x.index_select(0, torch.tensor(lanes, device=x.device))
-
-
-def put_lanes(x: Tensor, new: Tensor, lanes: tuple[int, ...]) -> Tensor:
-    """x with the rows of these lanes replaced."""
-    if len(lanes) == len(x):
-        return new
-    new = new.to(x.dtype)
-    if lanes[-1] - lanes[0] + 1 == len(lanes):
-        return torch.cat([x[: lanes[0]], new, x[lanes[-1] + 1 :]])
-    return x.index_copy(0, torch.tensor(lanes, device=x.device), new)

@@ -41,12 +41,9 @@ class LengthClass:
     lanes: np.ndarray[Any, Any]
     valid: Tensor  # rows x length
 
-    def of(self, lanes: tuple[int, ...]) -> Tensor | slice:
-        """The rows of these lanes: a slice where they lie side by side."""
-        found = np.flatnonzero(np.isin(self.lanes, lanes))
-        if len(found) and found[-1] - found[0] + 1 == len(found):
-            return slice(int(found[0]), int(found[-1]) + 1)
-        return torch.from_numpy(found)
+    def before(self, lane: int) -> int:
+        """How many of its rows belong to lanes before this one."""
+        return int(np.searchsorted(self.lanes, lane))
 
 
 @dataclass(frozen=True)

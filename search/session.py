@@ -10,7 +10,6 @@ import numpy as np
 from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
-from peftscape.search.embedded import EMBEDDED_MODELS, embedded_model_path
 from peftscape.search.head import Head
 from peftscape.search.task import EncodedTask, Task, encode, load_task
 from peftscape.spaces.price import costs
@@ -58,7 +57,7 @@ def open_session(config: SearchConfig) -> Session:
     task = load_task(config.task)
     model = config.model
     backbone = Backbone.load(
-        model_path(model.source),
+        model.path(),
         dtype=model.dtype,
         device=model.device,
         trust_remote_code=model.trust_remote_code,
@@ -68,7 +67,8 @@ def open_session(config: SearchConfig) -> Session:
     data = encode(task, backbone.tokenizer, limit)
     head = Head(backbone, kind=model.head, outputs=task.num_outputs)
     tokens = round(float(np.mean(data.train.lengths)))
-    return Session(config, backbone, head, task, data, tokens, full_length(config, len(task.train)))
+    steps = max(1, -(-config.search.full_length(len(task.train)) // config.search.batch_size))
+    return Session(config, backbone, head, task, data, tokens, steps)
 
 
 def design_costs(session: Session, design: Design) -> Costs:
@@ -95,15 +95,3 @@ def adapter_card(session: Session, design: Design, seed: int) -> Card:
         metric=session.task.metric.name,
         task={"name": session.task.name, "seed": seed},
     )
-
-
-def model_path(source: str) -> str:
-    """Where a model lies: an embedded one by name, else the folder or hub id itself."""
-    return str(embedded_model_path(source)) if source in EMBEDDED_MODELS else source
-
-
-def full_length(config: SearchConfig, rows: int) -> int:
-    """Steps of a full training: `examples`, or `epochs` over `rows` training examples (2 where neither is set)."""
-    search = config.search
-    examples = search.examples or round((search.epochs or 2.0) * rows)
-    return max(1, -(-examples // search.batch_size))

@@ -162,7 +162,7 @@ class Design:
         prefixed = [s.path for p in self.placements for s in p.where(sites) if s.kind == "kv"]
         if len(prefixed) > len(set(prefixed)):
             errors.append("placements: two prefixes on one layer; use one of their joint length")
-        positions = self.prompt_length() + self.position_shift()
+        positions = max(self.prompt_length(), self.position_shift())
         if sites.max_positions and positions > sites.max_positions // 2:
             errors.append(f"prompts and prefixes take {positions} of the backbone's {sites.max_positions} positions")
         return errors

@@ -95,7 +95,7 @@ class Ladder:
 
     def suggest(self, trial: optuna.Trial, name: str) -> int:
         exponent: int = trial.suggest_int(_log2(name), self.low.bit_length() - 1, self.high.bit_length() - 1)
-        return cast(int, 1 << exponent)
+        return 1 << exponent
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
         if not isinstance(value, int) or not self.low <= value <= self.high or value & (value - 1):
@@ -121,7 +121,8 @@ class Reduction:
     width: int
 
     def suggest(self, trial: optuna.Trial, name: str) -> int:
-        return self.width >> trial.suggest_int(f"{name}.reduction", self.low, self.high)
+        halvings: int = trial.suggest_int(f"{name}.reduction", self.low, self.high)
+        return self.width >> halvings
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
         for k in range(self.low, self.high + 1):

@@ -8,7 +8,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from peftscape.spaces.cost import activation_bytes, backward_flops, forward_flops, model_bytes, working_bytes
+from peftscape.spaces.cost import backward_flops, forward_flops, model_bytes, working_bytes
+from peftscape.spaces.file_size import file_bytes, head_shapes, stored_tensors
+from peftscape.spaces.flow import STAGES, Attention
+from peftscape.spaces.kept import kept
+from peftscape.spaces.profiles import PROFILES, WIDTH
 from peftscape.spaces.record import Costs
 
 if TYPE_CHECKING:
@@ -17,7 +21,6 @@ if TYPE_CHECKING:
 
 # A trained value in float32 with its gradient and AdamW's two moments (reference: 16 bytes, arXiv:1910.02054).
 TRAINED_BYTES = 16
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
 def head_size(sites: SiteMap, outputs: int, head: Literal["class", "mean"]) -> int:
@@ -26,11 +29,7 @@ def head_size(sites: SiteMap, outputs: int, head: Literal["class", "mean"]) -> i
     Raises:
         ValueError: if transformers has no classifier for the family and `head` asks for it.
     """
-    if head == "mean":
-        return outputs * (sites.d_model + 1)
-    if sites.head is None:
-        raise ValueError(f'transformers has no sequence classifier for {sites.family}; use head = "mean"')
-    return sum(math.prod(shape) for shape in sites.head.tensors(outputs).values())
+    return sum(math.prod(shape) for shape in head_shapes(sites, outputs, head).values())
 
 
 def adapter_size(design: Design, sites: SiteMap) -> int:
@@ -44,6 +43,50 @@ def adapter_size(design: Design, sites: SiteMap) -> int:
     return total
 
 
+def optimised_size(design: Design, sites: SiteMap) -> int:
+    """Values with a gradient and moments: all of a masked tensor's, since its mask is applied to the gradient."""
+    return sum(t.size for p in design.placements for _, _, _, t in p.tensors(sites) if t.trains)
+
+
+def extra_flops(design: Design, sites: SiteMap, length: int) -> tuple[int, int, int]:
+    """FLOPs of the methods' own products for one sequence: (forward, backward, forward that no merging saves).
+
+    Backward, a product has two gradients, of its weight and of its input, but the input of the lowest adapted
+    place needs none: there the first of a method's two products has one.
+    """
+    lowest = design.lowest_layer(sites)
+    at_lowest = [s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest]
+    bottom = min((STAGES.get(kind, -1) for kind in at_lowest), default=-1)
+    forward = backward = unmerged = 0
+    for placement in design.placements:
+        for site in placement.where(sites):
+            flops = placement.method.flops(site, length)
+            forward += flops
+            unmerged += 0 if placement.method.merges else flops
+            no_input = site.layer == lowest and STAGES.get(site.kind, -1) == bottom
+            # Of the four gradients around a prefix, the queries' is the input's.
+            no_input = no_input and not (site.kind == "kv" and "q" in at_lowest)
+            backward += 2 * flops - (flops // 2 if no_input else 0)
+    return forward, backward, unmerged
+
+
+def train_flops(
+    design: Design, sites: SiteMap, length: int, *, batch: int = 1, attention: Attention = "lanes"
+) -> tuple[int, int]:
+    """FLOPs of one sequence's (forward, backward), the head left out; `length` counts virtual tokens."""
+    lowest = design.lowest_layer(sites)
+    kinds = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest} or None
+    forward, backward, _ = extra_flops(design, sites, length)
+    forward += forward_flops(sites, length, batch=batch)
+    backward += backward_flops(sites, length, lowest, kinds=kinds, batch=batch, full=design.solo, attention=attention)
+    return forward, backward
+
+
+def head_flops(design: Design, sites: SiteMap, size: int) -> tuple[int, int]:
+    """FLOPs of one example's head: (forward, forward and backward); frozen states below it need no gradient."""
+    return 2 * size, (4 if design.lowest_layer(sites) >= sites.layers else 6) * size
+
+
 def costs(
     design: Design,
     sites: SiteMap,
@@ -54,7 +97,7 @@ def costs(
     head: Literal["class", "mean"] = "class",
     dtype: str = "float32",
 ) -> Costs:
-    """All costs of a design alone.
+    """All costs of a design alone, as peftscape trains it.
 
     Args:
         outputs: of the head.
@@ -62,41 +105,23 @@ def costs(
         dtype: of the frozen backbone and its activations; trained values are float32.
     """
     length = tokens + design.prompt_length()
-    lowest = design.lowest_layer(sites)
-    full = design.solo
-    at_lowest = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest}
-    kinds = at_lowest or None
-    extra_train = extra_infer = saved = optimised = stored = 0
-    for placement in design.placements:
-        flops = sum(placement.method.flops(site, length) for site in placement.where(sites))
-        # Backward, a product has two gradients: for its input and for its weight.
-        extra_train += 3 * flops
-        extra_infer += 0 if placement.method.merges else flops
-        saved += sum(placement.method.saved_floats(site, length) for site in placement.where(sites))
-        for _, _, _, tensor in placement.tensors(sites):
-            optimised += tensor.size if tensor.trains else 0
-            if tensor.stored and placement.maskable(tensor) and placement.mask:
-                stored += 4 * placement.mask.kept(tensor.size) + math.ceil(tensor.size / 8)
-            else:
-                stored += 4 * tensor.size if tensor.stored else 0
-    on_head = head_size(sites, outputs, head)
-    adapter = adapter_size(design, sites)
-    width = DTYPE_BYTES[dtype]
-    forward = forward_flops(sites, length) + 2 * on_head
-    backward = backward_flops(sites, length, lowest, kinds=kinds, full=full) + 4 * on_head
+    on_head, adapter = head_size(sites, outputs, head), adapter_size(design, sites)
+    forward, backward = train_flops(design, sites, length)
+    held = kept(design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype)
     peak = (
         model_bytes(sites, dtype)
-        + TRAINED_BYTES * (optimised + on_head)
-        + activation_bytes(sites, length, batch, lowest, width, kinds=kinds, full=full)
-        + working_bytes(sites, length, batch, width)
-        + batch * saved * width
+        + TRAINED_BYTES * (optimised_size(design, sites) + on_head)
+        + held.total
+        + working_bytes(sites, length, batch, WIDTH[dtype])
     )
     return Costs(
         adapter=adapter,
         head=on_head,
         trainable=adapter + on_head,
-        train_flops=forward + backward + extra_train,
-        infer_flops=forward + extra_infer,
+        train_flops=forward + backward + head_flops(design, sites, on_head)[1],
+        infer_flops=forward_flops(sites, length)
+        + head_flops(design, sites, on_head)[0]
+        + extra_flops(design, sites, length)[2],
         peak_bytes=peak,
-        adapter_bytes=stored + 4 * on_head,
+        adapter_bytes=file_bytes(stored_tensors(design, sites, outputs, head)),
     )

@@ -54,7 +54,7 @@ class _Reader:
             o.get("method")
             for row in rows
             if isinstance(row, Mapping)
-            for o in row.get("options", [])
+            for o in (row["options"] if isinstance(row.get("options"), list) else [])
             if isinstance(o, Mapping)
         ]
         slots = [self._slot(row, f"slots[{i}]", names, shared is not None) for i, row in enumerate(rows)]
@@ -79,7 +79,7 @@ class _Reader:
         for i, option in enumerate(row["options"]):
             where = f"{at}.options[{i}]"
             method = option.get("method") if isinstance(option, Mapping) else None
-            if method not in methods():
+            if not isinstance(method, str) or method not in methods():
                 self.errors.append(f'{where}.method: no method "{method}"{nearest(str(method), methods())}')
                 continue
             prefix = str(method) if names.count(method) == 1 else f"{name}.{method}"

@@ -36,6 +36,7 @@ from peftscape.spaces.price import adapter_size, head_size
 from peftscape.spaces.sites import SiteMap, site_map
 
 STEPS, BATCH, OUTPUTS, VOCAB, LAYERS = 20, 3, 4, 60, 2
+SEED = 3  # of the lanes that are compared with themselves alone
 #: Largest relative difference of a loss between packed and alone.
 LOSS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
 
@@ -51,7 +52,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 SITES: dict[str, SiteMap] = {family: site_map(config.to_dict()) for family, config in CONFIGS.items()}
 
 
-# -- what the suite runs on ---------------------------------------------------------------------------------------------
+# -- what the suite runs on --
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def trained_alone(design: Design, seed: int, family: str, dtype: str = "float64"
     return train([(design, seed)], family, dtype)[0]
 
 
-# -- the examples of a method -------------------------------------------------------------------------------------------
+# -- the examples of a method --
 
 
 def examples(name: str, family: str) -> list[Design]:
@@ -132,6 +133,11 @@ def examples(name: str, family: str) -> list[Design]:
         if design.placements and not design.check(sites):
             found[design.digest] = design
     return list(found.values())
+
+
+def smallest(name: str, family: str) -> Design:
+    """The example that is compared with itself alone: padded by others, masked where the method has a size."""
+    return examples(name, family)[:4][-1]
 
 
 @functools.cache
@@ -161,7 +167,7 @@ IMPOSSIBLE = [pair for pair in ALL if pair not in POSSIBLE]
 on = functools.partial(pytest.mark.parametrize, ("name", "family"))
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------
+# -- comparing --
 
 
 def key_biases(design: Design, family: str) -> dict[str, slice]:
@@ -222,7 +228,7 @@ def logits(one: Lane, family: str, dtype: str = "float64") -> Tensor:
 HEAD_ONLY = Design.from_json({})
 
 
-# -- the suite ----------------------------------------------------------------------------------------------------------
+# -- the suite --
 
 
 class MethodContract:
@@ -284,9 +290,9 @@ class MethodContract:
 
     @on(PACKED)
     def test_a_packed_lane_trains_as_if_alone(self, name: str, family: str) -> None:
-        runs = [(design, seed) for seed, design in enumerate(examples(name, family)[:4])]
-        # The last is the smallest, padded and masked where the method has a size.
-        assert_trained_alike(train(runs, family)[-1], trained_alone(*runs[-1], family), family)
+        *others, own = examples(name, family)[:4]
+        packed = train([*((other, seed) for seed, other in enumerate(others)), (own, SEED)], family)
+        assert_trained_alike(packed[-1], trained_alone(own, SEED, family), family)
 
     @on(POSSIBLE)
     def test_its_file_brings_it_back(self, name: str, family: str, tmp_path: Path) -> None:
@@ -299,7 +305,6 @@ class MethodContract:
             save(own.adapter(), card, base, on_top, tmp_path / str(i))
             found = load(tmp_path / str(i), model=base)
             np.testing.assert_array_equal(found.encoded_logits(split()), wanted)
-            assert not np.allclose(wanted, logits(lane(HEAD_ONLY, 1, family, "float32"), family, "float32")[0, 0])
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @on(POSSIBLE)
