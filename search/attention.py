@@ -128,7 +128,7 @@ def _attend_class(
     q, k, v = (t.view(len(rows.rows), rows.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
     allowed = rows.valid[:, None, None, :]
     if run.causal:
-        place = torch.arange(rows.length)
+        place = torch.arange(rows.length, device=q.device)
         near = place[:, None] >= place
         if more.get("sliding_window"):
             near &= place[:, None] - place < more["sliding_window"]
@@ -157,7 +157,7 @@ def _with_prefix(
     """Queries, keys, values and bias of rows from `start` on, the keys and values behind their lane's prefix."""
     if prefix is None:
         return q, k, v, bias
-    which = torch.from_numpy(rows.lanes[start : start + len(q)] - prefix.first)
+    which = torch.from_numpy(rows.lanes[start : start + len(q)] - prefix.first).to(q.device)
     keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
     hidden = hidden.expand(-1, -1, bias.shape[2], -1)
     return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), torch.cat([hidden, bias], dim=-1)
@@ -167,7 +167,7 @@ def _prefix_rows(prefix: Prefix, which: Tensor, kv_heads: int, width: int) -> tu
     """The lanes' prefixes for their rows (rows x kv heads x length x head_dim), and what hides the padding."""
     length = prefix.keys.shape[1]
     split = [t.view(-1, length, kv_heads, width).transpose(1, 2) for t in (prefix.keys, prefix.values)]
-    inside = torch.arange(length) < prefix.lengths[:, None]
+    inside = torch.arange(length, device=prefix.keys.device) < prefix.lengths[:, None]
     low = torch.finfo(prefix.keys.dtype).min
     hidden = torch.zeros((), dtype=prefix.keys.dtype).where(inside, low)[:, None, None, :]
     return split[0].index_select(0, which), split[1].index_select(0, which), hidden[which]

@@ -44,6 +44,10 @@ class Budget:
         """Seconds left; infinite without a limit."""
         return math.inf if self.time_s is None else self.time_s - self.elapsed_s()
 
+    def over(self) -> bool:
+        """Whether only the report still fits."""
+        return self.left_s() <= REPORT_S
+
     def measured(self, seconds: float, lane_steps: int) -> None:
         """Learn from a step of a cohort: recent steps count most."""
         value = seconds / lane_steps

@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 EVALUATION_ROWS = 512
 
 
+class _Around(nn.Module):
+    """A module around the backbone, in whose call the backbone's weights can be others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        return run()
+
+
 class Cohort:
     """Lanes on one backbone. A lane may come or go between any two steps.
 
@@ -102,12 +113,16 @@ class Cohort:
             split,
             self.backbone.sites,
             padded=not self.backbone.sites.attention_interface,
-        )
-        states = self._forward(batch)
+        ).to(self.backbone.device)
         names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
         params = {key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names}
-        # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
-        return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
+
+        def run() -> Tensor:
+            states = self._forward(batch)
+            # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
+            return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
+
+        return self._with_own_weights(run)
 
     def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
         """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`."""
@@ -128,7 +143,7 @@ class Cohort:
         parts = [self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().numpy()[:, back]
+        out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().cpu().numpy()[:, back]
         return out
 
     def close(self) -> None:
@@ -154,22 +169,24 @@ class Cohort:
             inputs["input_ids"] = batch.ids
         attending.batch, attending.prefixes = batch, self._prefixes()
         try:
-            out = self._call(model, inputs)
+            out = model(**inputs)
         finally:
             attending.batch, attending.prefixes = None, {}
             self._inputs.clear()
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
 
-    def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def _with_own_weights(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run with the changed weights of a lane that trains them all, the pooler that its head reads among them."""
         whole = self._groups("model")
         if not whole:
-            return model(**inputs)
+            return run()
         delta, weights, start = whole[0].tensors["delta"][0].to(self.backbone.dtype), {}, 0
-        for name, weight in model.named_parameters():
-            weights[name] = weight + delta[start : start + weight.numel()].view(weight.shape)
+        for name, weight in self.backbone.model.named_parameters():
+            weights[f"model.{name}"] = weight + delta[start : start + weight.numel()].view(weight.shape)
             start += weight.numel()
-        return torch.func.functional_call(model, weights, (), inputs)
+        out: Tensor = torch.func.functional_call(_Around(self.backbone.model), weights, (run,))
+        return out
 
     def _with_prompts(self, groups: list[Group], batch: Batch) -> Tensor:
         """The embedded tokens with each lane's virtual tokens in their places."""
@@ -192,7 +209,7 @@ class Cohort:
         prefixes: dict[int, list[Prefix]] = {}
         for group in self._groups("kv"):
             keys, values = group.method.prefix(group.values(self.backbone.dtype))
-            lengths = torch.tensor([len(t) for t in group.tensors["keys"]])
+            lengths = torch.tensor([len(t) for t in group.tensors["keys"]], device=keys.device)
             prefixes.setdefault(group.site.layer, []).append(
                 Prefix(group.first, group.first + group.count, keys, values, lengths)
             )

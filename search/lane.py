@@ -112,6 +112,7 @@ def new_lane(
             score = mask_score(placement.mask.score, declared, generator(seed, f"mask/{key}"), value)
             masks[key] = keep_largest(score, placement.mask.kept(value.numel())).to(dtype)
             value *= masks[key]
+            masks[key] = masks[key].to(backbone.device)
         (params if declared.trains else fixed)[key] = value.to(backbone.device)
     for tensor_name, value in head.start(generator(seed, HEAD)).items():
         params[f"{HEAD}/{tensor_name}"] = value.to(dtype).to(backbone.device)

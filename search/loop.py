@@ -71,7 +71,7 @@ class Loop:
             self._fill()
             while self.cohort.lanes:
                 self._step()
-                if self.budget.left_s() <= 0:
+                if self.budget.over():
                     self._abandon()
                 self._fill()
         finally:
@@ -177,7 +177,7 @@ class Loop:
         scores: dict[int, float] = {}
         for lane in trial.lanes:
             self.cohort.admit(lane)
-            while not lane.done and self.budget.left_s() > 0:
+            while not lane.done and not self.budget.over():
                 self.cohort.step()
                 self._show("search")
             scores |= self._scores([lane]) if lane.done else {}

@@ -7,7 +7,7 @@ sorted into length classes. Lanes may be at different steps, with prompts of dif
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,14 @@ class Batch:
     mask: Tensor | None = None  # padded layout only
     cut: int = 0
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        if device.type == "cpu":
+            return self
+        moved = {f.name: _to(getattr(self, f.name), device) for f in fields(self)}
+        classes = tuple(replace(c, valid=c.valid.to(device)) for c in self.classes)
+        return Batch(**{**moved, "classes": classes})
+
     @property
     def examples(self) -> int:
         """Examples of one lane."""
@@ -84,9 +92,9 @@ class Batch:
         """Flat numbers of text tokens, and the row (lane * examples + example) of each."""
         first, last = self.first.reshape(-1), self.last.reshape(-1)
         lengths = last - first + 1
-        rows = torch.repeat_interleave(torch.arange(len(first)), lengths)
+        rows = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths)
         starts = torch.cumsum(lengths, 0) - lengths
-        return first[rows] + torch.arange(len(rows)) - starts[rows], rows
+        return first[rows] + torch.arange(len(rows), device=first.device) - starts[rows], rows
 
 
 def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, padded: bool = False) -> Batch:
@@ -159,6 +167,12 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         mask=torch.from_numpy(mask).view(shape) if mask is not None else None,
         cut=cut,
     )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_to(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _length_classes(

@@ -53,7 +53,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                 waiting.append(session.steps)
                 cohort.admit(lane)
                 free = 0 if design.solo else free - 1
-            if not running or budget.left_s() <= 0:
+            if not running or budget.over():
                 break
             started = time.perf_counter()
             cohort.step()
@@ -82,7 +82,8 @@ def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int,
     settings = session.config.search
     seeds = [settings.seed + FIRST_SEED + i for i in range(settings.retest_seeds)]
     known = storage.retested()
-    found = candidates(storage.records, storage.objectives)
+    complete = [r for r in storage.records if r.state == "complete"]
+    found = candidates(complete, storage.objectives) if complete else ()
     jobs = [(r.number, Design.from_json(dict(r.design)), s) for r in found for s in seeds if (r.number, s) not in known]
     fit = budget.retests_that_fit(session.steps)
     # All seeds of fewer designs rather than one seed of many: an interval needs its seeds.

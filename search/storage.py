@@ -7,6 +7,7 @@ Trials carry their record as a user attribute, written before `tell`; retests ar
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,9 @@ class Storage:
             direction=self.objectives[0].direction,
             load_if_exists=True,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names([o.name for o in self.objectives])
         known = self.attr("config")
         if known is None:
             self.set_attr("config", _plain(config))
