@@ -58,7 +58,6 @@ class Loop:
         self.space = read_space(session.config.space, session.backbone.sites)
         self.cohort = session.cohort()
         self.running: list[_Trial] = []
-        self.waiting: _Trial | None = None
 
     def run(self) -> None:
         if again := self.storage.release():

@@ -46,13 +46,16 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
             free = settings.lanes - len(running)
             waiting = [r.lane.steps - r.lane.step for r in running]
             while jobs and free > 0 and budget.may_train(sum(waiting), len(waiting), session.steps):
-                number, design, seed = jobs.pop(0)
+                number, design, seed = jobs[0]
+                if running and (design.solo or running[0].lane.design.solo):
+                    break  # it needs the backbone for itself
+                del jobs[0]
                 lane = new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
                 snip(lane, cohort)
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
                 cohort.admit(lane)
-                free = 0 if design.solo else free - 1
+                free -= 1
             if not running or budget.over():
                 break
             started = time.perf_counter()
