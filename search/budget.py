@@ -25,6 +25,7 @@ class Budget:
         trainable: largest number of trained parameters of a design, head included; None is no limit.
         spent_s: seconds of earlier sessions.
         started: when this session began, on the monotonic clock, which no clock change moves.
+        retest_evaluations: how many validation sets a retest's validation and test data are together.
         lane_step_s, lane_evaluation_s: measured seconds a lane takes for a step, and to be evaluated.
     """
 
@@ -33,6 +34,7 @@ class Budget:
     trainable: int | None
     spent_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    retest_evaluations: float = 1.0
     lane_step_s: float | None = None
     lane_evaluation_s: float = 0.0
 
@@ -53,9 +55,10 @@ class Budget:
         value = seconds / lane_steps
         self.lane_step_s = value if self.lane_step_s is None else 0.95 * self.lane_step_s + 0.05 * value
 
-    def lane_s(self, steps: int) -> float:
+    def lane_s(self, steps: int, *, retest: bool = False) -> float:
         """Expected seconds of a whole lane within a full cohort; zero before anything was measured."""
-        return (self.lane_step_s or 0.0) * steps + self.lane_evaluation_s
+        evaluations = self.retest_evaluations if retest else 1.0
+        return (self.lane_step_s or 0.0) * steps + evaluations * self.lane_evaluation_s
 
     def may_start(self, *, begun: int, in_flight_steps: int, in_flight: int, steps: int, retests: int) -> bool:
         """Whether one more lane can be trained and what has to follow still fits.
@@ -70,20 +73,21 @@ class Budget:
             return False
         if self.time_s is None:
             return True
-        reserve = min(retests * self.lane_s(steps), RETEST_SHARE * self.time_s)
+        reserve = min(retests * self.lane_s(steps, retest=True), RETEST_SHARE * self.time_s)
         running = (self.lane_step_s or 0.0) * in_flight_steps + in_flight * self.lane_evaluation_s
         return self.left_s() > CAUTION * (running + self.lane_s(steps) + reserve) + REPORT_S
 
     def may_train(self, in_flight_steps: int, in_flight: int, steps: int) -> bool:
-        """Whether one more lane ends before the report has to be written."""
-        running = (self.lane_step_s or 0.0) * in_flight_steps + in_flight * self.lane_evaluation_s
-        return self.left_s() > CAUTION * (running + self.lane_s(steps)) + REPORT_S
+        """Whether one more lane of a retest ends before the report has to be written."""
+        evaluation_s = self.retest_evaluations * self.lane_evaluation_s
+        running = (self.lane_step_s or 0.0) * in_flight_steps + in_flight * evaluation_s
+        return self.left_s() > CAUTION * (running + self.lane_s(steps, retest=True)) + REPORT_S
 
     def retests_that_fit(self, steps: int) -> float:
         """How many lanes can still be trained before the report."""
         if self.time_s is None or not self.lane_step_s:
             return math.inf
-        return max(0.0, (self.left_s() - REPORT_S) / (CAUTION * self.lane_s(steps)))
+        return max(0.0, (self.left_s() - REPORT_S) / (CAUTION * self.lane_s(steps, retest=True)))
 
 
 def parse_duration(text: str) -> float:

@@ -66,6 +66,7 @@ def run_search(
             trainable=parameter_limit(config.budget.trainable, session.backbone.sites.parameters),
             spent_s=float(storage.attr("spent_s", 0.0)),
             started=started,
+            retest_evaluations=1 + len(session.task.test) / len(session.task.validation),
         )
         try:
             Loop(session, storage, budget, progress).run()
