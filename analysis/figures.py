@@ -9,6 +9,7 @@ from typing import Any
 
 from peftscape.analysis import units
 from peftscape.analysis.front import Objective, front
+from peftscape.analysis.measures import measured
 from peftscape.analysis.noise import retest_interval, validation_interval
 from peftscape.analysis.picks import Pick
 from peftscape.analysis.sources import Study
@@ -30,7 +31,12 @@ _STYLES = (
 )
 
 
-def front_figure(study: Study, cost: units.Cost, recommended: Sequence[Pick] = ()) -> dict[str, Any]:
+def front_figure(
+    study: Study,
+    cost: units.Cost,
+    recommended: Sequence[Pick] = (),
+    fits: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Quality against one cost on a log axis: all trials, the front, its retests; `{"data", "layout"}`.
 
     The front is formed anew for this cost, from validation. A trial of zero cost stands left of a dotted
@@ -61,7 +67,7 @@ def front_figure(study: Study, cost: units.Cost, recommended: Sequence[Pick] = (
         line = {"color": QUIET, "dash": "dot", "width": 1}
         shapes = [{"type": "line", "xref": "x", "yref": "paper", "x0": edge, "x1": edge, "y0": 0, "y1": 1}]
         shapes[0]["line"] = line
-    data = [*_trials(placed, members, x), *_front(members, axes[0], x, end), *_retests(members, x)]
+    data = [*map(dict, fits), *_trials(placed, members, x), *_front(members, axes[0], x, end), *_retests(members, x)]
     unit = f" ({cost.unit})" if cost.unit else ""
     layout = _layout(f"{cost.title}{unit}", f"{study.quality.name}, validation")
     layout["xaxis"] |= {"tickvals": values, "ticktext": labels, "range": [math.log10(start), math.log10(end)]}
@@ -240,7 +246,7 @@ def _hover(record: Record) -> str:
     body = [f"{state}; {record.metric} in validation {spread_of(record)}"]
     if interval := retest_interval(record):
         body.append(f"test {spread(interval)}, {interval.n} seed{'s' if interval.n > 1 else ''}")
-    body += [f"{cost.short.lower()} {cost_text(record, cost)}" for cost in units.SHOWN]
+    body += [f"{cost.short.lower()} {cost_text(record, cost)}" for cost in units.shown(measured([record]))]
     for placement in record.design.get("placements", ()):
         body += lines(_words(placement))
     if training := record.design.get("training"):

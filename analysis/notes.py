@@ -28,6 +28,8 @@ def notes(study: Study) -> list[str]:
     """What the figures can and cannot show, with the numbers of this study."""
     complete = [record for record in study.records if record.state == "complete"]
     retested = [record for record in complete if record.retests]
+    if study.imported and complete:
+        return _imported(study, complete)
     found = [
         "Designs were selected by validation scores alone. The best of many looks better in validation than "
         "it is; the test scores come from retests on data that no selection saw, and the front was not "
@@ -62,6 +64,30 @@ def notes(study: Study) -> list[str]:
         "A design's costs are its costs when trained alone, whatever shared its cohort. Seconds are a note "
         "of what happened on this machine, not a cost."
     )
+    return found
+
+
+def _imported(study: Study, complete: list[Record]) -> list[str]:
+    """What can be said of other people's runs, whose selection and costs are not known here."""
+    name = study.quality.name
+    found = [
+        "How these designs were chosen is not known here: if their settings were tuned on the same scores, the "
+        "best of them look better than they are."
+    ]
+    seeds = sorted({len(record.scores) for record in complete})
+    if seeds == [1]:
+        found.append("Every run has one seed: nothing here says how much another seed would change it.")
+    elif seeds:
+        found.append(f"Runs have {seeds[0]} to {seeds[-1]} seeds; a score is their mean.")
+    sizes = sorted({record.n_validation for record in complete if record.n_validation})
+    if len(sizes) == 1 and 0 < (best := max(record.validation for record in complete)) < 1:
+        alike, apart = (100 * smallest_difference(sizes[0], best, correlation=c) for c in (0.5, 0.0))
+        found.append(
+            f"A {name} of {best:.3f} on {sizes[0]:,} examples differs from another only from about {alike:.1f} points "
+            f"({apart:.1f} if two designs err independently); closer designs are not told apart."
+        )
+    elif not sizes:
+        found.append(f"On how many examples {name} was measured is not known, so scores stand without intervals.")
     return found
 
 

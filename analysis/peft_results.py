@@ -31,7 +31,7 @@ def is_peft_folder(folder: Path) -> bool:
     if first is None:
         return False
     try:
-        return {"run_info", "train_info"} <= json.loads(first.read_text(encoding="utf-8")).keys()
+        return bool({"run_info", "train_info"} <= json.loads(first.read_text(encoding="utf-8")).keys())
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
         return False
 

@@ -10,9 +10,18 @@ from typing import Any
 
 from peftscape.analysis import units
 from peftscape.analysis.figures import front_figure, hovers, spread_of
-from peftscape.analysis.front import Objective, best_under, finite, front, knee
+from peftscape.analysis.findings import Findings, find
+from peftscape.analysis.front import best_under, finite, front, knee
+from peftscape.analysis.measures import measure, measured
+from peftscape.analysis.more_figures import (
+    curve_traces,
+    heat_figure,
+    importance_figure,
+    marginal_figure,
+    tuning_figure,
+)
 from peftscape.analysis.noise import retest_interval
-from peftscape.analysis.notes import notes, spent
+from peftscape.analysis.notes import spent
 from peftscape.analysis.picks import Pick, picks
 from peftscape.analysis.sources import Study
 from peftscape.analysis.table import cost_text, spread
@@ -41,10 +50,12 @@ def write_report(study: Study, path: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found = find(study)
     text = env.get_template("report.html").render(
-        **_contents(study),
+        **_contents(study, found),
+        extras=Markup(_script_json(_extras(study, found))),
         plotly=Markup(get_plotlyjs()),  # plotly's own code; nothing of a record is in it
-        figures=Markup(_script_json(_figures(study))),
+        figures=Markup(_script_json(_figures(study, found))),
         hovers=Markup(_script_json(hovers(study))),
     )
     target = Path(path)
@@ -55,38 +66,113 @@ def write_report(study: Study, path: str | Path) -> Path:
     return beside.replace(target)
 
 
-def _figures(study: Study) -> list[dict[str, Any]]:
-    """A figure for each cost that some trial with a score has."""
+def _figures(study: Study, found: Findings) -> list[dict[str, Any]]:
+    """A figure for each cost that some trial with a score has, the study's own with the fits and first."""
     recommended = picks(study)
     figures = []
-    for cost in units.SHOWN:
-        figure = front_figure(study, cost, recommended)
+    for cost in sorted(units.shown(measured(study.records)), key=lambda cost: cost.name != study.cost.name):
+        fits = curve_traces(found.curves) if cost.name == study.cost.name else ()
+        figure = front_figure(study, cost, recommended, fits)
         if any(trace["x"] for trace in figure["data"]):
             figures.append({"name": cost.short, **figure})
     return figures
 
 
-def _contents(study: Study) -> dict[str, Any]:
+def _extras(study: Study, found: Findings) -> dict[str, Any]:
+    """The figures beside the front, by the id of the element that shows them."""
+    metric = study.quality.name
+    figures = {
+        "tuning": tuning_figure(found.tuning, metric) if found.tuning else None,
+        "importance": importance_figure(found.importances) if found.importances else None,
+        "marginals": marginal_figure(found.marginals, metric) if found.marginals else None,
+        "heat": heat_figure(found.heat) if found.heat else None,
+    }
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def _findings(study: Study, found: Findings) -> dict[str, Any]:
+    """What the template shows of the findings, as rows of text."""
+    belief = found.belief
+    likely = [d for d in belief.designs if d.member or d.on_front >= 0.2] if belief else []
+    inside = {r.number: i for i, r in enumerate(found.members)}
+    likely.sort(key=lambda d: (study.cost.value(d.record), inside.get(d.record.number, 0)))
+    cost = next(iter(units.shown([study.cost.name])), units.SHOWN[0])
+    fits = [
+        (
+            name,
+            curve.text(),
+            f"{units.amount(curve.low, cost.unit)} to {units.amount(curve.high, cost.unit)}",
+            str(curve.sizes),
+            f"{curve.errors[curve.kind]:.3f}",
+        )
+        for name, curve in found.curves.items()
+    ]
+    return {
+        "kind": belief.kind if belief else "",
+        "likely": [
+            {
+                **_row(d.record, study),
+                "member": d.member,
+                "chance": f"{d.on_front:.0%}",
+                "shrunken": f"{units.score(d.score.mean)} ({units.score(d.score.low)} to {units.score(d.score.high)})",
+                "cost": cost_text(d.record, cost),
+            }
+            for d in likely[:40]
+        ],
+        "alike": [_row(record, study) for record in found.alike],
+        "fits": fits,
+        "refused": [(name, why) for name, why in found.refused.items()],
+        "path": [
+            (
+                step.change,
+                units.score(step.score),
+                f"recorded, #{step.number}" if step.number is not None else "predicted",
+            )
+            for step in found.path
+        ],
+        "extra": sorted(_extras(study, found)),
+        "hours": _hours(found),
+    }
+
+
+def _hours(found: Findings) -> list[tuple[str, list[str]]]:
+    """The best score to expect of each method within a few budgets of device time."""
+    budgets = (600.0, 3600.0, 36_000.0)
+    rows = []
+    for name, curve in found.tuning.items():
+        longest = curve.seconds_each * len(curve.trials)
+        cells = [units.score(curve.after(b)) if b <= longest else "–" for b in budgets]
+        if any(cell != "–" for cell in cells):
+            rows.append((name, cells))
+    return rows
+
+
+def _contents(study: Study, found: Findings) -> dict[str, Any]:
     """Everything that the template shows, as text and rows."""
     records = study.records
     states = {state: [r for r in records if r.state == state] for state in ("complete", "pruned", "failed", "running")}
-    members = front(records, (study.quality, Objective("trainable", "minimize")))
-    bend = knee(members, study.quality, "trainable")
+    members = front(records, (study.quality, study.cost))
+    inside = {member.number for member in members}
+    bend = knee(members, study.quality, study.cost.name)
+    cost = next(iter(units.shown([study.cost.name])), units.SHOWN[0])
     return {
+        **_findings(study, found),
+        "cost_words": cost.title.split(" (")[0].lower(),
+        "imported": study.imported,
         "title": study.name,
         "subtitle": _subtitle(study),
         "metric": study.quality.name,
         "counts": {state: len(found) for state, found in states.items()},
         "total": len(records),
-        "cards": _cards(study),
-        "knee": _row(bend) if bend else None,
+        "cards": _cards(study, found),
+        "knee": _row(bend, study) if bend else None,
         "members": len(members),
-        "heads": [cost.short for cost in units.SHOWN],
+        "heads": [cost.short for cost in _costs(study)],
         "limits": _limits(study),
-        "rows": [_row(record, {member.number for member in members}) for record in records],
+        "rows": [_row(record, study, inside) for record in records],
         "failed": states["failed"],
         "spent": spent(study),
-        "notes": [*notes(study), *study.notes],
+        "notes": found.claims,
         "config": json.dumps(study.config, indent=2, ensure_ascii=False, default=str),
         "environment": _flat(study.environment),
         "source": study.source,
@@ -105,35 +191,49 @@ def _subtitle(study: Study) -> str:
     return " on ".join(words)
 
 
-def _cards(study: Study) -> list[dict[str, Any]]:
+def _cards(study: Study, found: Findings) -> list[dict[str, Any]]:
     """One card a size; sizes whose best design is the same share a card."""
     cards: list[dict[str, Any]] = []
     for size, pick in zip(_SIZES, picks(study), strict=False):
         if cards and cards[-1]["number"] == pick.record.number:
             cards[-1]["size"] += f" and {size.lower()}"
-            cards[-1]["limit"] = units.amount(pick.limit)
+            cards[-1]["limit"] = _limit(study, pick.limit)
         else:
-            cards.append({"size": size, "limit": units.amount(pick.limit), **_card(study, pick)})
+            cards.append({"size": size, "limit": _limit(study, pick.limit), **_card(study, pick, found)})
     return cards
 
 
-def _card(study: Study, pick: Pick) -> dict[str, Any]:
+def _limit(study: Study, limit: float) -> str:
+    """A limit of the study's cost in words."""
+    cost = next(iter(units.shown([study.cost.name])), units.SHOWN[0])
+    said = units.seconds(limit) if cost.unit == "s" else units.amount(limit, cost.unit)
+    return f"{said} {cost.short.lower()}" if cost.unit else f"{said} parameters"
+
+
+def _costs(study: Study) -> tuple[units.Cost, ...]:
+    return units.shown(measured(study.records)) if study.records else units.SHOWN
+
+
+def _card(study: Study, pick: Pick, found: Findings) -> dict[str, Any]:
     record, cheaper = pick.record, pick.cheaper
     run = shlex.quote(study.source)
     interval = retest_interval(record)
     return {
-        **_row(record),
+        **_row(record, study),
+        "chance": found.chance(record.number),
         "interval": spread_of(record),
         "seeds": interval.n if interval else 0,
-        "facts": [(cost.short, cost_text(record, cost)) for cost in units.SHOWN],
-        "command": f"peftscape export {run} --trial {record.number} adapter-{record.number}",
-        "cheaper": _row(cheaper) if cheaper else None,
+        "facts": [(cost.short, cost_text(record, cost)) for cost in _costs(study)],
+        # Other people's runs left no adapter to export; their name is what repeats them.
+        "command": "" if study.imported else f"peftscape export {run} --trial {record.number} adapter-{record.number}",
+        "cheaper": _row(cheaper, study) if cheaper else None,
     }
 
 
-def _row(record: Record, members: frozenset[int] | set[int] = frozenset()) -> dict[str, Any]:
+def _row(record: Record, study: Study, members: frozenset[int] | set[int] = frozenset()) -> dict[str, Any]:
     """A record as the tables show it: each cell with its text and what it sorts by."""
-    costs = [math.nan if record.costs is None else getattr(record.costs, cost.name) for cost in units.SHOWN]
+    shown = _costs(study)
+    costs = [measure(record, cost.name) for cost in shown]
     return {
         "number": record.number,
         "label": record.label,
@@ -142,7 +242,7 @@ def _row(record: Record, members: frozenset[int] | set[int] = frozenset()) -> di
         "member": record.number in members,
         "validation": (units.score(record.validation), _key(record.validation)),
         "test": (spread(retest_interval(record)), _key(record.test)),
-        "costs": [(cost_text(record, cost), _key(value)) for cost, value in zip(units.SHOWN, costs, strict=True)],
+        "costs": [(cost_text(record, cost), _key(value)) for cost, value in zip(shown, costs, strict=True)],
         "wall": (units.seconds(record.wall_s), _key(record.wall_s)),
         "design": json.dumps(record.design, ensure_ascii=False, default=str),
     }
@@ -154,18 +254,18 @@ def _key(value: float) -> str:
 
 
 def _limits(study: Study) -> list[dict[str, Any]]:
-    """The best design under each of several round limits of trained parameters."""
-    axes = (study.quality, Objective("trainable", "minimize"))
+    """The best design under each of several round limits of the study's cost."""
+    axes = (study.quality, study.cost)
     _, values = finite(study.records, axes)
-    if not len(values):
+    if not len(values) or study.cost.direction != "minimize":
         return []
     limits = units.round_limits(float(values[:, 1].min()), float(values[:, 1].max()))
-    best = best_under(study.records, limits, quality=study.quality)
+    best = best_under(study.records, limits, quality=study.quality, cost=study.cost.name)
     rows: list[dict[str, Any]] = []
     for limit, record in zip(limits, best, strict=True):
         if record is not None:
             same = bool(rows) and rows[-1]["number"] == record.number
-            rows.append({"limit": units.amount(limit), "same": same, **_row(record)})
+            rows.append({"limit": _limit(study, limit), "same": same, **_row(record, study)})
     return rows
 
 

@@ -147,7 +147,7 @@ def _given(cell: Any) -> bool:
 
 
 def _ok(cell: Any) -> bool:
-    if isinstance(cell, bool) or isinstance(cell, (list, dict)):
+    if isinstance(cell, (bool, list, dict)):
         return False
     try:
         _number(cell)

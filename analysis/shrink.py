@@ -54,7 +54,13 @@ class _Mixture:
 
 
 def posterior(
-    seen: ArrayLike, errors: ArrayLike, cost: ArrayLike | None = None, *, draws: int = 2000, seed: int = 0
+    seen: ArrayLike,
+    errors: ArrayLike,
+    cost: ArrayLike | None = None,
+    *,
+    draws: int = 1000,
+    refits: int | None = None,
+    seed: int = 0,
 ) -> Posterior:
     """True scores given the scores seen, their standard errors and the costs of their designs.
 
@@ -63,6 +69,7 @@ def posterior(
         errors: its standard error; 0 where it is exact.
         cost: what the design costs, not negative; the prior's middle follows its log.
         draws: how many draws of all designs to return.
+        refits: how often the prior is learnt anew; fewer for many designs, which say more of it.
 
     Raises:
         ValueError: if shapes differ, or a value is not finite or an error or cost negative.
@@ -82,7 +89,7 @@ def posterior(
     z, e2 = (y - y.mean()) / scale, (s / scale) ** 2
     fits = [_fit(z, e2, basis, np.ones(n), k) for k in (1, 2, 3) if 4 * k <= n]
     parts = min(fits, key=lambda fit: _bic(fit, n)).weights.size
-    refits = 40 if n <= 500 else 12
+    refits = refits or (30 if n <= 500 else 6 if n <= 2000 else 3)
     found = []
     for size in np.diff(np.linspace(0, draws, refits + 1).astype(int)):
         weights = rng.dirichlet(np.ones(n)) * n

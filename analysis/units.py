@@ -1,6 +1,7 @@
 """How values read: scores, counts, bytes, FLOPs and seconds as people write them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -22,6 +23,19 @@ SHOWN = (
     Cost("adapter_bytes", "Size of the saved adapter", "Adapter file", "B"),
 )
 """The costs that reports show, in this order."""
+
+OTHERS = (
+    Cost("train_s", "Training time", "Training time", "s"),
+    Cost("wall_s", "Wall time", "Wall time", "s"),
+)
+"""Costs that only imported runs have."""
+
+
+def shown(names: Iterable[str]) -> tuple[Cost, ...]:
+    """How the costs of these names are shown, in the order of reports."""
+    wanted = set(names)
+    return tuple(cost for cost in (*SHOWN, *OTHERS) if cost.name in wanted)
+
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 

@@ -67,14 +67,17 @@ def working_bytes(sites: SiteMap, tokens: int, batch: int, dtype_bytes: int, *, 
     """Bytes of the largest step of one layer, which come on top of what is kept, in forward or backward
     (counted).
 
-    Eager attention holds two tensors of scores at once (scores and their softmax, or their gradients); the
-    FFN two of its width, three where it is gated.
+    Eager attention holds two tensors of scores at once (scores and their softmax, or their gradients); the FFN two of
+    its width, three where it is gated; an RMSNorm, which works in float32, six of the model's width. Beside them live
+    the residual stream, its gradient and what is being added to it.
     """
-    scores = 2 * sites.heads * tokens * max(dtype_bytes, 4 if sites.norm_kind == "rmsnorm" else 0)
+    rms = sites.norm_kind == "rmsnorm"
+    scores = 2 * sites.heads * tokens * max(dtype_bytes, 4 if rms and attention != "lanes" else 0)
     scores = 4 * sites.d_model * dtype_bytes if is_fused(sites, attention) else scores
     gated = any(s.kind == "gate" for s in sites.sites)
     ffn = (2 + gated) * sites.d_ff * dtype_bytes
-    return batch * tokens * max(scores, ffn)
+    norm = 6 * 4 * sites.d_model if rms else 0
+    return batch * tokens * (max(scores, ffn, norm) + 3 * sites.d_model * dtype_bytes)
 
 
 def _attention_bytes(

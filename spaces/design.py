@@ -101,6 +101,11 @@ class Training:
     clip: float = 1.0
     epochs: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():  # `lr = 1` and `lr = 1.0` are one design with one digest
+            if value is not None:
+                object.__setattr__(self, name, float(value))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Design:

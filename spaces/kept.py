@@ -98,7 +98,8 @@ def _adapters(
 ) -> int:  # fmt: skip
     """Bytes that methods keep. A tensor of the backbone's is counted once for each tensor there is."""
     own = max(width, profile.trained_width(dtype, full=False)) if profile.casts_inputs else width
-    total, seen = 0, set()
+    total = 0
+    seen: set[tuple[object, ...]] = set()
     fused_width = _fused_widths(sites)
     for placement in design.placements:
         for site in placement.where(sites):
@@ -114,8 +115,8 @@ def _adapters(
                 role = READS.get(site.kind, site.kind)
                 dropped = dropout > 0 and method.size_knob == "rank"
                 alone = (profile.casts_inputs and own > width) or (dropped and not profile.shared_dropout)
-                key = (site.layer, site.path if alone or role not in ("in", "mid") else role)
-                key = (*key, site.kind, method.name) if alone else key
+                shared = (site.layer, role if role in ("in", "mid") else site.path)
+                key: tuple[object, ...] = (site.layer, site.path, site.kind, method.name) if alone else shared
                 if key in seen:
                     continue
                 seen.add(key)

@@ -50,6 +50,8 @@ class Range:
         return float(trial.suggest_float(name, self.low, self.high, log=self.log))
 
     def param(self, name: str, value: Any) -> dict[str, Value]:
+        if self.integer and isinstance(value, float) and value.is_integer():
+            value = int(value)  # whole numbers for a knob that is a float
         if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
             raise ValueError(f"{value!r} is not {'an integer' if self.integer else 'a number'}")
         if not self.low <= value <= self.high:

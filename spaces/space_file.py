@@ -95,11 +95,12 @@ class _Reader:
         knobs = {k: self._value(v, f"{at}.{k}") for k, v in own.items() if k in defaults}
         domains = kind.domains()
         for knob, value in knobs.items():
-            for end in value.ends() if isinstance(value, Domain) else (value,):
-                if isinstance(domains.get(knob), Choice):
+            ends = value.ends() if isinstance(value, Domain) else () if value is None else (value,)
+            if isinstance(domains.get(knob), Choice):
+                for end in ends:
                     self._inside(domains[knob], end, f"{at}.{knob}")
-                elif type(end) is not type(defaults[knob]) and not isinstance(end, (int, float)):
-                    self.errors.append(f"{at}.{knob}: {type(defaults[knob]).__name__} expected, not {end!r}")
+            elif wrong := next((why for end in ends if (why := _unfit(value, end, defaults[knob]))), None):
+                self.errors.append(f"{at}.{knob}: {wrong}")
         sites = self._sites(row.get("sites", list(kind.default_sites)), kind.name, kind.sites, at)
         layers = None
         if not shared:
@@ -107,6 +108,8 @@ class _Reader:
         elif "layers" in row:
             self.errors.append(f"{at}.layers: the whole space shares its layers")
         mask = self._mask(row["mask"], f"{at}.mask") if "mask" in row else None
+        if mask is not None and kind.size_knob is None:
+            self.errors.append(f"{at}.mask: {kind.name} has no matrix to mask")
         if sites is None:
             return None
         return Option(name=name, method=kind.name, sites=sites, layers=layers, knobs=knobs, mask=mask)
@@ -167,12 +170,12 @@ class _Reader:
         values = {k: self._value(v, f"training.{k}") for k, v in row.items() if k in names}
         for name, value in values.items():
             number = isinstance(value, (int, float, Range, Choice)) and not isinstance(value, bool)
-            if not number:
+            if not number and value is not None:
                 self.errors.append(f"training.{name}: a number or a domain was expected, not {value!r}")
         return values
 
     def _value(self, value: Any, at: str) -> Any:
-        """A domain, or the constant that TOML has."""
+        """A domain, or the constant that TOML has; None where an error was told."""
         try:
             domain = domain_from_toml(value, width=self.sites.d_model)
         except ValueError as error:
@@ -188,3 +191,21 @@ class _Reader:
 
     def _unknown(self, row: Mapping[str, Any], known: tuple[str, ...], at: str) -> None:
         self.errors += [f"{at}{key}: no such key{nearest(key, known)}" for key in row if key not in known]
+
+
+def _unfit(value: Any, end: Any, default: Any) -> str | None:
+    """Why a number in a space does not suit a knob; sizes may lie outside what a search tries, and 0 is absent."""
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        broken = isinstance(value, Range) and not value.integer
+        if isinstance(end, bool) or not isinstance(end, (int, float)) or (isinstance(default, int) and broken):
+            return f"{type(default).__name__} expected, not {_written(value) if broken else repr(end)}"
+        if isinstance(default, int) and not isinstance(end, int):
+            return f"int expected, not {end!r}"
+        return f"{end!r} is below 0" if end < 0 else None
+    if type(end) is not type(default) and not isinstance(end, (list, tuple)):
+        return f"{type(default).__name__} expected, not {end!r}"
+    return None
+
+
+def _written(value: Range) -> str:
+    return f"a float between {value.low:g} and {value.high:g}"

@@ -5,7 +5,8 @@ file is covered without a line here.
 
 Tolerances of packed against alone, over 20 steps: float64 as the issue has it, 1e-9 relative for each loss and 1e-9
 max(|a|, 1e-3) for each trained value. In float32 and bfloat16 sums are taken in another order when lanes are stacked,
-and AdamW makes an update of full size out of a gradient that is rounding: losses are held to `LOSS`.
+and AdamW makes an update of full size out of a gradient that is rounding: losses are held to `LOSS` (measured over all
+methods and combinations: 3e-7 and 2e-3).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from peftscape.spaces.sites import SiteMap, site_map
 STEPS, BATCH, OUTPUTS, VOCAB, LAYERS = 20, 3, 4, 60, 2
 SEED = 3  # of the lanes that are compared with themselves alone
 #: Largest relative difference of a loss between packed and alone.
-LOSS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
+LOSS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -52,7 +53,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 SITES: dict[str, SiteMap] = {family: site_map(config.to_dict()) for family, config in CONFIGS.items()}
 
 
-# -- what the suite runs on --
+# -- what the suite runs on
 
 
 @functools.cache
@@ -106,11 +107,11 @@ def trained_alone(design: Design, seed: int, family: str, dtype: str = "float64"
     return train([(design, seed)], family, dtype)[0]
 
 
-# -- the examples of a method --
+# -- the examples of a method
 
 
 def examples(name: str, family: str) -> list[Design]:
-    """Designs with one method: unequal sizes, sites and layers, every choice of its knobs, masks where it has a size."""
+    """Designs with one method: unequal sizes, sites and layers, all choices of its knobs, masks where it has a size."""
     kind, sites = methods()[name], SITES[family]
     own = [s for s in kind.default_sites if s in sites.kinds]
     every = [s for s in sites.kinds if s in kind.sites]
@@ -167,7 +168,7 @@ IMPOSSIBLE = [pair for pair in ALL if pair not in POSSIBLE]
 on = functools.partial(pytest.mark.parametrize, ("name", "family"))
 
 
-# -- comparing --
+# -- comparing
 
 
 def key_biases(design: Design, family: str) -> dict[str, slice]:
@@ -228,7 +229,7 @@ def logits(one: Lane, family: str, dtype: str = "float64") -> Tensor:
 HEAD_ONLY = Design.from_json({})
 
 
-# -- the suite --
+# -- the suite
 
 
 class MethodContract:
@@ -278,9 +279,11 @@ class MethodContract:
             snip(own, shared)
             shared.admit(own)
             reached = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in own.params.items()}
-            for point in range(3):  # at any one of them a unit of a ReLU may be dead
+            for point in range(4):  # at any one of them a unit of a ReLU may be dead
+                if all(bool(r.all()) for r in without_key_biases(reached, design, family).values()):
+                    break
                 move([own], seed=point)
-                shared.losses([np.arange(len(split()))]).sum().backward()
+                shared.losses([np.arange(16)]).sum().backward()
                 for key, value in own.params.items():
                     assert value.grad is not None, key
                     reached[key] |= value.grad != 0

@@ -90,6 +90,12 @@ class Method:
         super().__init_subclass__(**kwargs)
         dataclass(frozen=True, kw_only=True)(cls)
 
+    def __post_init__(self) -> None:
+        # `alpha = 16` and `alpha = 16.0` are one design with one digest.
+        for f in fields(self):  # type: ignore[arg-type]
+            if isinstance(f.default, float) and type(getattr(self, f.name)) is int:
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
     def tensors(self, site: Site) -> Tensors:
         """The tensors that adapt one site."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftscape import cli_runs, cli_show
+from peftscape import cli_plan, cli_runs, cli_show
 from peftscape.cli_common import (
     BAD_INPUT,
     INTERRUPTED,
@@ -252,6 +252,7 @@ def _show_checked(source: str, config: SearchConfig, found: Checked) -> None:
 
 cli_show.register(app)
 cli_runs.register(app)
+cli_plan.register(app)
 
 
 def main() -> None:

@@ -37,54 +37,89 @@ _PLACES = {"study": "study.db", "report": "report.html", "adapters": "adapters"}
 def front(
     run: Run,
     objectives: Annotated[str | None, typer.Option(help='Other axes: "accuracy:max,peak_bytes:min".')] = None,
+    limits: Annotated[str | None, typer.Option(help='Constraints: "trainable<=1e6,accuracy>=0.8".')] = None,
     all_: Annotated[bool, typer.Option("--all", help="All trials instead of the front.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew as trials end, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the front of a run."""
+    """Show the front of a run, or of other people's results: CSV, JSON lines, a folder of HF peft's JSONs."""
     from peftscape.analysis import table
-    from peftscape.analysis.front import parse_objectives
-    from peftscape.analysis.sources import load
-    from peftscape.search.metrics import METRICS
 
-    study = load(run)
-    known = sorted({*METRICS, *(record.metric for record in study.records)})
-    axes = parse_objectives(objectives, metrics=known) if objectives else None
+    if watch:
+        from peftscape.analysis.watch import watch as follow
+
+        follow(lambda: _studied(run, objectives, limits))
+        return
+    study = _studied(run, objectives, limits)
     if as_json:
-        print_json(table.trials_json(study) if all_ else table.front_json(study, axes))
+        print_json(
+            table.trials_json(study) | table.front_json(study, everything=True) if all_ else table.front_json(study)
+        )
     elif all_:
         show(_trials(study))
     else:
-        show(table.front_table(study, axes))
+        show(table.front_table(study))
+
+
+def _studied(run: str, objectives: str | None, limits: str | None = None) -> Study:
+    import dataclasses
+
+    from peftscape.analysis.front import parse_limits, within
+    from peftscape.analysis.measures import measured
+    from peftscape.analysis.sources import load
+
+    study = load(run)
+    study = study.aimed(objectives) if objectives else study
+    if limits:
+        kept = within(study.records, parse_limits(limits, known=measured(study.records)))
+        study = dataclasses.replace(study, records=kept)
+    return study
 
 
 def _trials(study: Study) -> Any:
+    from peftscape.analysis.measures import measure
     from peftscape.analysis.units import amount, score
 
+    cost = study.cost.name
     rows = [
         (
             record.number,
             record.state,
             record.label + (f" ({record.textbook})" if record.textbook else ""),
             score(record.validation),
-            "–" if record.costs is None else amount(record.costs.trainable),
+            amount(measure(record, cost)),
             f"{len(record.retests)} retests" if record.retests else record.failure.kind if record.failure else "",
         )
         for record in study.records
     ]
-    return plain_table("#", "state", "design", study.quality.name, "parameters", "", rows=rows, right=(0, 3, 4))
+    return plain_table(
+        "#",
+        "state",
+        "design",
+        study.quality.name,
+        cost.replace("trainable", "parameters"),
+        "",
+        rows=rows,
+        right=(0, 3, 4),
+    )
 
 
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option(help="The HTML file; report.html in the run's folder.")] = None,
+    objectives: Annotated[str | None, typer.Option(help='Other axes: "accuracy:max,peak_bytes:min".')] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; report.html in the run's folder.")] = None,
+    form: Annotated[str, typer.Option("--format", help="html, md (for pull requests) or png (the front).")] = "html",
     as_json: Json = False,
 ) -> None:
-    """Write the report anew: one HTML file that needs no network."""
-    from peftscape.analysis.report import write_report
-    from peftscape.analysis.sources import load
+    """Write the report: one HTML file that needs no network, or Markdown, or a picture of the front."""
+    from peftscape.analysis.forms import write
+    from peftscape.spaces.words import InputError
 
-    folder = Path(run) if Path(run).is_dir() else Path()
-    written = write_report(load(run), out or folder / "report.html")
+    if form not in ("html", "md", "png"):
+        raise InputError("--format", [f'expected html, md or png, found "{form}"'])
+    study = _studied(run, objectives)
+    folder = Path(run) if (Path(run) / "study.db").is_file() else Path()
+    written = write(study, out or folder / f"report.{form}", form)
     if as_json:
         print_json({"report": str(written)})
     else:

@@ -10,8 +10,28 @@ import numpy as np
 import pytest
 import torch
 from contract import (
-    BATCH, CONFIGS, HEAD_ONLY, OUTPUTS, PACKED, SEED, SITES, STEPS, MethodContract, assert_trained_alike, backbone,
-    cohort, combinations, examples, head, lane, logits, move, smallest, split, train, trained_alone,
+    BATCH,
+    CONFIGS,
+    HEAD_ONLY,
+    OUTPUTS,
+    PACKED,
+    SEED,
+    SITES,
+    STEPS,
+    MethodContract,
+    assert_trained_alike,
+    backbone,
+    cohort,
+    combinations,
+    examples,
+    head,
+    lane,
+    logits,
+    move,
+    smallest,
+    split,
+    train,
+    trained_alone,
 )  # fmt: skip
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -47,7 +67,7 @@ def run_steps(shared: Cohort, count: int) -> None:
         shared.step()
 
 
-# -- packed equals alone --
+# -- packed equals alone
 
 
 @families
@@ -63,7 +83,7 @@ def test_a_mixed_cohort_of_all_methods_trains_as_each_alone(family: str) -> None
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mixed_cohort_keeps_to_the_stated_tolerance_in(dtype: str, family: str) -> None:
     compared = [*of_every_method(family), combinations(family)[0]]
-    for own in train([(d, SEED) for d in compared], family, dtype)[::2]:
+    for own in train([(d, SEED) for d in compared], family, dtype)[list(CONFIGS).index(family) :: 5]:
         assert_trained_alike(own, trained_alone(own.design, SEED, family, dtype), family, dtype)
 
 
@@ -121,41 +141,43 @@ def test_placements_on_one_module_act_in_the_order_written_whatever_the_neighbou
     shared.close()
 
 
-# -- a neighbour that diverges --
+# -- a neighbour that diverges
 
 
-def beside_a_neighbour(neighbour: Lane, family: str, dtype: str, poison: float | None) -> list[Lane]:
-    """Five steps of one lane of every method beside a neighbour, in which a parameter becomes `poison` after two."""
+def beside_a_neighbour(neighbour: Lane, family: str, dtype: str, poison: float | None = None) -> list[Lane]:
+    """Four steps of one lane of every method, two of them beside a neighbour; before the second it may be poisoned."""
     shared = cohort(family, dtype)
     lanes = [lane(d, SEED, family, dtype) for d in of_every_method(family)]
     shared.admit(*lanes, neighbour)
-    run_steps(shared, 2)
+    run_steps(shared, 1)
     if poison is not None:
         for value in neighbour.params.values():
             value.data.view(-1)[0] = poison
-    run_steps(shared, 3)
+    run_steps(shared, 1)
+    shared.retire(neighbour)
+    run_steps(shared, 2)
     shared.close()
     return lanes
 
 
-@families
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_poisoned_neighbour_fails_alone_and_changes_no_bit(which: int, poison: float, family: str) -> None:
-    of = combinations(family)[which * 2]
-    well, ill = (lane(of, 0, family, "float32") for _ in range(2))
-    wanted = beside_a_neighbour(well, family, "float32", None)
-    found = beside_a_neighbour(ill, family, "float32", poison)
-    assert well.failure is None
-    assert len(well.losses) == 5
-    assert ill.failure is not None
-    assert ill.failure.kind == "not finite"
-    assert ill.failure.step == len(ill.losses) == ill.step == 2
+def assert_equal_bits(found: list[Lane], wanted: list[Lane]) -> None:
     for own, other in zip(found, wanted, strict=True):
         assert own.failure is None
         assert own.losses == other.losses
         for key, value in own.params.items():
             assert torch.equal(value, other.params[key]), f"{own.design.label}: {key}"
+
+
+@families
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_poisoned_neighbour_fails_alone_and_changes_no_bit(poison: float, family: str) -> None:
+    well, ill = (lane(combinations(family)[0], 0, family, "float32") for _ in range(2))
+    wanted = beside_a_neighbour(well, family, "float32")
+    found = beside_a_neighbour(ill, family, "float32", poison)
+    assert (well.failure, len(well.losses)) == (None, 2)
+    assert ill.failure is not None
+    assert (ill.failure.kind, ill.failure.step, len(ill.losses)) == ("not finite", 1, 1)
+    assert_equal_bits(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -164,11 +186,10 @@ def test_a_neighbour_whose_rate_is_too_high_fails_alone_and_changes_no_bit(dtype
     lanes: dict[float, list[Lane]] = {}
     for lr in (1e-3, 1e36):
         wild = lane(Design.from_json({**rows, "training": {"lr": lr, "warmup": 0.0}}), 0, "bert", dtype)
-        lanes[lr] = [wild, *beside_a_neighbour(wild, "bert", dtype, None)]
+        lanes[lr] = [wild, *beside_a_neighbour(wild, "bert", dtype)]
     assert lanes[1e-3][0].failure is None
     assert lanes[1e36][0].failure is not None
-    for own, other in zip(lanes[1e36][1:], lanes[1e-3][1:], strict=True):
-        assert (own.failure, own.losses) == (None, other.losses)
+    assert_equal_bits(lanes[1e36][1:], lanes[1e-3][1:])
 
 
 def test_a_gradient_that_is_not_finite_stops_the_lane_before_it_moves() -> None:
@@ -184,7 +205,7 @@ def test_a_gradient_that_is_not_finite_stops_the_lane_before_it_moves() -> None:
         assert torch.equal(value, before[key])
 
 
-# -- what a lane does by itself --
+# -- what a lane does by itself
 
 
 def transformers_model(family: str) -> nn.Module:
@@ -233,7 +254,8 @@ def test_full_finetuning_is_a_plain_loop_over_transformers_own_model(family: str
     shared.admit(own)
     run_steps(shared, STEPS)
     shared.close()
-    np.testing.assert_allclose(own.losses, wanted, rtol=1e-7)
+    # Llama's own attention takes its softmax in float32.
+    np.testing.assert_allclose(own.losses, wanted, rtol=1e-5 if family == "llama" else 1e-9)
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
@@ -335,7 +357,7 @@ def test_snip_masks_do_not_depend_on_neighbours_and_leave_them_as_they_were() ->
             assert torch.equal(before[key], neighbour.params[key].detach()) or len(neighbours) > 1
 
 
-# -- a cohort --
+# -- a cohort
 
 
 @families
@@ -349,11 +371,11 @@ def test_predictions_are_each_lanes_own_in_the_order_of_the_split(family: str) -
     found = shared.predict(split(), *chosen)
     assert shared.lanes == order
     everyone = shared.predict(split())
+    shared.close()
     for own, rows in zip(chosen, found, strict=True):
         wanted = logits(own, family).numpy()
         np.testing.assert_allclose(rows[:12], wanted, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(everyone[order.index(own)], rows, rtol=1e-5, atol=1e-5)
-    shared.close()
 
 
 def test_regression_trains_on_the_squared_error() -> None:

@@ -1,0 +1,182 @@
+"""Findings: everything that the report says beyond the records, computed once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftscape.analysis import units
+from peftscape.analysis.belief import Belief, believe, evidence
+from peftscape.analysis.compare import Difference, as_good_as_best, better_than, optimism
+from peftscape.analysis.figures import family
+from peftscape.analysis.fit import Curve, curves
+from peftscape.analysis.front import Objective, finite, front
+from peftscape.analysis.importance import Heat, Importance, Level, Step, ablation, heat_map, importances, marginal
+from peftscape.analysis.measures import is_cost
+from peftscape.analysis.notes import notes
+from peftscape.analysis.sources import Study
+from peftscape.analysis.tuning import TuningCurve, tuning_curves
+from peftscape.spaces.record import Record
+
+METHODS = 8
+"""Curves are drawn for so many methods, those with the most complete trials."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study's records support."""
+
+    members: tuple[Record, ...]
+    belief: Belief | None
+    alike: tuple[Record, ...]
+    differences: tuple[Difference, ...]
+    claims: tuple[str, ...]
+    curves: Mapping[str, Curve]
+    refused: Mapping[str, str]
+    tuning: Mapping[str, TuningCurve]
+    importances: Mapping[str, tuple[Importance, ...]]
+    marginals: Mapping[str, tuple[Level, ...]]
+    heat: Heat | None
+    path: tuple[Step, ...]
+
+    def chance(self, number: int) -> str:
+        """How probable a trial is on the front, as text."""
+        known = self.belief.by_number.get(number) if self.belief else None
+        return f"{known.on_front:.0%}" if known else "–"
+
+
+def find(study: Study) -> Findings:
+    """Everything the report shows; parts that the records do not support are empty."""
+    records, axes = study.records, study.objectives
+    complete = [record for record in records if record.state == "complete"]
+    belief = believe(records, axes) if any(not is_cost(axis.name) for axis in axes) else None
+    members = front(records, axes) if axes else ()
+    alike = indistinguishable(records, study.quality, study.cost.name)
+    retested = sorted((r for r in complete if len(r.retests) > 1), key=lambda r: -r.test)[:12]
+    differences = better_than(retested)
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(family(record), []).append(record)
+    groups.pop("unknown", None)
+    groups.pop("head only", None)
+    ranked = sorted(groups, key=lambda name: (-sum(r.state == "complete" for r in groups[name]), name))
+    chosen = {name: groups[name] for name in ranked[:METHODS]}
+    lines, refused = curves(records, study.cost.name, belief, chosen)
+    targets = {
+        study.quality.name: importances(records, study.quality),
+        study.cost.name: importances(records, study.cost),
+    }
+    targets["being on the front"] = importances(records, "front")
+    first = [i.knob for i in targets[study.quality.name] if i.variance > 0.02][:4]
+    return Findings(
+        members,
+        belief,
+        alike,
+        differences,
+        tuple(claims(study, belief, alike, differences, members)),
+        lines,
+        refused,
+        tuning_curves(records, chosen),
+        {name: found for name, found in targets.items() if found},
+        {knob: marginal(records, knob) for knob in first},
+        heat_map(records, study.cost.name),
+        _path(complete),
+    )
+
+
+def indistinguishable(records: Sequence[Record], quality: Objective, cost: str) -> tuple[Record, ...]:
+    """The designs that no other beats significantly in quality, whatever they cost, the cheapest first.
+
+    With probability 0.95 the truly best is among them (`compare.as_good_as_best`), as far as the errors of the
+    scores are known: those of seeds only where seeds were repeated.
+    """
+    able, _values = finite(records, (quality,)) if records else ((), np.empty((0, 1)))
+    found = evidence(able) if able else None
+    if found is None:
+        return ()
+    sign = 1 if quality.direction == "maximize" else -1
+    freedom = found[4] or math.inf
+    keep = as_good_as_best([sign * e.score for e in found[0]], [e.error for e in found[0]], freedom)
+    price = Objective(cost, "minimize")
+    return tuple(sorted((r for r, k in zip(able, keep, strict=True) if k), key=lambda r: (price.value(r), r.number)))
+
+
+def claims(
+    study: Study,
+    belief: Belief | None,
+    alike: Sequence[Record],
+    differences: Sequence[Difference],
+    members: Sequence[Record],
+) -> list[str]:
+    """What the data support and what they do not, in sentences with their numbers, before the notes."""
+    said: list[str] = []
+    label = {record.number: f"#{record.number} {record.label}" for record in study.records}
+    if belief:
+        sure = [m for m in members if belief.by_number[m.number].on_front >= 0.9]
+        weak = [m for m in members if belief.by_number[m.number].on_front < 0.5]
+        off = [d for d in belief.designs if not d.member and d.on_front >= 0.3]
+        what = "are on the front with probability" if belief.kind == "probability" else "stay on the front in a share"
+        said.append(
+            f"Supported: {len(sure)} of {len(members)} members {what} of 0.9 or more"
+            + (": " + ", ".join(label[m.number] for m in sure[:8]) if sure else "")
+            + ("" if belief.kind == "probability" else ", when scores vary as the examples drawn would make them")
+            + "."
+        )
+        if weak:
+            said.append(
+                f"Not supported: {len(weak)} members are less likely on the front than off it: "
+                + ", ".join(f"{label[m.number]} ({belief.by_number[m.number].on_front:.0%})" for m in weak[:8])
+                + "."
+            )
+        if off:
+            said.append(
+                f"{len(off)} designs that are not members could well be (0.3 or more): "
+                + ", ".join(f"{label[d.record.number]} ({d.on_front:.0%})" for d in off[:8])
+                + "."
+            )
+        if belief.kind == "sensitivity":
+            said.append(
+                "Scores are single ones, so these shares are a sensitivity, not a probability: they hold the error "
+                "of the examples drawn, with designs taken as half alike on them, and nothing of the luck of training."
+            )
+    if alike:
+        best = max(alike, key=lambda r: r.validation if r.direction == "maximize" else -r.validation)
+        cheap = alike[0]
+        said.append(
+            f"{len(alike)} designs are indistinguishable from the best (95 %, corrected for comparing all): the data "
+            f"do not show that {label[best.number]} is better than any of them. The cheapest is {label[cheap.number]}."
+        )
+    if differences:
+        found = [d for d in differences if d.corrected < 0.05]
+        said.append(
+            f"Of {len(differences)} pairs of retested designs, paired by seed, {len(found)} differ at 5 % after "
+            "Holm's correction" + (": " + ", ".join(_pair(d) for d in found[:6]) if found else "") + "."
+        )
+    gap = optimism(study.records)
+    if gap:
+        i = gap.interval
+        around = f" ({i.low:+.3f} to {i.high:+.3f})" if math.isfinite(i.low) else ""
+        said.append(
+            f"Optimism of selection: the {gap.designs} retested designs scored {i.mean:+.3f}{around} better in "
+            "validation, where they were selected, than on test."
+        )
+    return [*said, *notes(study), *study.notes]
+
+
+def _pair(d: Difference) -> str:
+    first, second = (d.a, d.b) if d.probability >= 0.5 else (d.b, d.a)
+    return f"#{first} over #{second} ({units.score(abs(d.interval.mean))}, p {d.corrected:.2g})"
+
+
+def _path(complete: Sequence[Record]) -> tuple[Step, ...]:
+    """The ablation path from the best textbook design to the best design."""
+    if not complete:
+        return ()
+    sign = 1 if complete[0].direction == "maximize" else -1
+    textbook = [r for r in complete if r.textbook and r.design.get("placements")]
+    if not textbook:
+        return ()
+    start = max(textbook, key=lambda r: sign * r.validation)
+    goal = max(complete, key=lambda r: sign * r.validation)
+    return ablation(complete, start, goal) if start.number != goal.number else ()

@@ -1,0 +1,237 @@
+"""Fits: quality as a function of cost, on a log axis, with intervals, and marked where it extrapolates."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from peftscape.analysis.belief import Belief
+from peftscape.analysis.measures import measure
+from peftscape.spaces.record import Direction, Record
+
+Floats = NDArray[np.float64]
+Kind = Literal["saturating", "isotonic"]
+FEWEST_SIZES = 5
+BIN = 0.15
+"""Costs within 0.15 decades (a factor of 1.4) count as one size."""
+_EXPONENTS = np.geomspace(0.02, 3.0, 60)
+
+
+class FitError(ValueError):
+    """A curve that the data do not support; the message says why."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A value of a curve: the curve's 95 % interval, where a new design would score, and whether it extrapolates."""
+
+    value: float
+    low: float
+    high: float
+    new_low: float
+    new_high: float
+    extrapolated: bool
+
+
+@dataclass(frozen=True)
+class CostFor:
+    """The cost expected for a quality, and the least and most that the curve's interval allows; None: not reached."""
+
+    cost: float | None
+    low: float | None
+    high: float | None
+    extrapolated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A fitted efficiency-accuracy curve over costs `low` to `high`.
+
+    `kind` is the form that cross-validation chose, and `errors` the root mean squares of both forms' leave-one-out
+    residuals. `law` holds a, b and g of a - b c^-g for the saturating form. `zero` is the score of the design
+    that costs nothing, a point of its own. `sizes` are the distinct costs that were fitted.
+    """
+
+    kind: Kind
+    direction: Direction
+    low: float
+    high: float
+    sizes: int
+    errors: Mapping[Kind, float]
+    law: tuple[float, float, float] | None
+    zero: float | None
+    x: Floats
+    y: Floats
+    refits: tuple[tuple[Floats, Floats], ...]
+
+    def at(self, cost: float) -> Expected:
+        """The quality expected at a cost.
+
+        Raises:
+            ValueError: if the cost is not positive.
+        """
+        if not cost > 0 or not math.isfinite(cost):
+            raise ValueError(f"expected a positive cost, found {cost}")
+        sign = 1.0 if self.direction == "maximize" else -1.0
+        log = np.array([math.log(cost)])
+        value = float(_predict(self.kind, self.x, self.y, log)[0])
+        others = np.array([_predict(self.kind, x, y, log)[0] for x, y in self.refits])
+        low, high = (float(bound) for bound in np.percentile(others, [2.5, 97.5]))
+        low, high = min(low, value), max(high, value)
+        from scipy.special import stdtrit
+
+        freedom = max(self.sizes - (3 if self.kind == "saturating" else 2), 2)
+        reach = float(stdtrit(freedom, 0.975)) * self.errors[self.kind]
+        # Leave-one-out residuals hold the curve's own error once; where the curve is vaguer, it counts more.
+        reach = max(reach, math.hypot(reach, (high - low) / 2) if not self.low <= cost <= self.high else reach)
+        bounds = sorted((sign * low, sign * high))
+        new = sorted((sign * (value - reach), sign * (value + reach)))
+        outside = not self.low * (1 - 1e-9) <= cost <= self.high * (1 + 1e-9)
+        return Expected(sign * value, bounds[0], bounds[1], new[0], new[1], outside)
+
+    def cost_for(self, quality: float) -> "CostFor":
+        """The least cost at which the curve reaches a quality, looked for up to a hundred times beyond the data."""
+        sign = 1.0 if self.direction == "maximize" else -1.0
+        grid = np.linspace(math.log(self.low) - math.log(100), math.log(self.high) + math.log(100), 800)
+        middle = _predict(self.kind, self.x, self.y, grid)
+        others = np.array([_predict(self.kind, x, y, grid) for x, y in self.refits])
+        low, high = np.percentile(others, [2.5, 97.5], axis=0)
+        found = []
+        for curve in (middle, np.maximum(high, middle), np.minimum(low, middle)):
+            reached = np.flatnonzero(curve >= sign * quality - 1e-12)
+            found.append(float(math.exp(grid[reached[0]])) if len(reached) else None)
+        cost = found[0]
+        outside = cost is None or not self.low * (1 - 1e-9) <= cost <= self.high * (1 + 1e-9)
+        return CostFor(cost, found[1], found[2], outside)
+
+    def line(self, points: int = 60, beyond: float = 0.0) -> tuple[list[float], list[Expected]]:
+        """The curve at costs evenly spaced in ratio, from low to high and by the factor 10^beyond further."""
+        costs = np.geomspace(self.low * 10**-beyond, self.high * 10**beyond, points).tolist()
+        return costs, [self.at(cost) for cost in costs]
+
+    def text(self) -> str:
+        """The law in words."""
+        if self.law is None:
+            return "isotonic (no law fits better)"
+        a, b, g = self.law
+        return f"q = {a:.3f} {'-' if b >= 0 else '+'} {abs(b):.3g} c^-{g:.2f}"
+
+
+def fit_curve(
+    cost: ArrayLike, quality: ArrayLike, *, direction: Direction = "maximize", refits: int = 200, seed: int = 0
+) -> Curve:
+    """The curve of quality against cost: isotonic or a - b c^-g, whichever predicts left-out sizes better.
+
+    The law (b >= 0, 0.02 <= g <= 3) is fitted by least squares, for each g in closed form; the isotonic form
+    is scikit-learn's, linear between sizes in log cost. Intervals are percentiles of refits to resampled
+    leave-one-out residuals. Costs of zero are apart.
+
+    Raises:
+        FitError: with fewer than five distinct sizes.
+        ValueError: if values are not finite or a cost is negative.
+    """
+    c, q = np.asarray(cost, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    if c.shape != q.shape or c.ndim != 1 or not np.isfinite([*c, *q]).all() or (c < 0).any():
+        raise ValueError("expected one finite quality for each cost, and no negative cost")
+    sign = 1.0 if direction == "maximize" else -1.0
+    zero = q[c == 0]
+    x, y = np.log(c[c > 0]), sign * q[c > 0]
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    sizes = len(np.unique(np.round(x, 9)))
+    if sizes < FEWEST_SIZES:
+        raise FitError(f"{sizes} distinct sizes; a curve needs at least {FEWEST_SIZES}")
+    kinds: tuple[Kind, ...] = ("saturating", "isotonic")
+    errors: dict[Kind, float] = {}
+    lefts: dict[Kind, Floats] = {}
+    for kind in kinds:
+        lefts[kind] = np.array([_left_out(kind, x, y, i) for i in range(len(x))])
+        errors[kind] = float(np.sqrt(np.mean((lefts[kind] - y) ** 2)))
+    kind = min(kinds, key=lambda k: errors[k])
+    fitted = _predict(kind, x, y, x)
+    # Leave-one-out residuals: those of the fit itself are too small by the parameters that it spent.
+    rest = y - lefts[kind]
+    rest = rest - rest.mean()
+    rng = np.random.default_rng(seed)
+    again = tuple((x, fitted + rng.choice(rest, len(x))) for _ in range(refits))
+    law = None
+    if kind == "saturating":
+        a, b, g = _law(x, y)
+        law = (sign * a, sign * b, g)
+    best = float(zero.max() if sign > 0 else zero.min()) if len(zero) else None
+    return Curve(kind, direction, float(np.exp(x[0])), float(np.exp(x[-1])), sizes, errors, law, best, x, y, again)
+
+
+def _law(x: Floats, y: Floats) -> tuple[float, float, float]:
+    """a, b, g of a - b exp(-g x), b >= 0, by least squares on a grid of g."""
+    middle = float(x.mean())
+    powers = np.exp(np.clip(-_EXPONENTS[:, None] * (x - middle)[None, :], -700, 700))
+    off = powers - powers.mean(axis=1, keepdims=True)
+    scale = (off * off).sum(axis=1)
+    b = np.maximum(-(off @ (y - y.mean())) / np.where(scale > 0, scale, 1.0), 0.0)
+    a = y.mean() + b * powers.mean(axis=1)
+    loss = ((a[:, None] - b[:, None] * powers - y) ** 2).sum(axis=1)
+    i = int(np.argmin(loss))
+    g = float(_EXPONENTS[i])
+    return float(a[i]), float(b[i] * math.exp(g * middle)), g
+
+
+def _predict(kind: Kind, x: Floats, y: Floats, at: Floats) -> Floats:
+    if kind == "saturating":
+        a, b, g = _law(x, y)
+        return np.asarray(a - b * np.exp(-g * at))
+    from sklearn.isotonic import isotonic_regression
+
+    sizes, place, counts = np.unique(np.round(x, 9), return_inverse=True, return_counts=True)
+    means = np.bincount(place, weights=y) / counts
+    return np.asarray(np.interp(at, sizes, isotonic_regression(means, sample_weight=counts)))
+
+
+def _left_out(kind: Kind, x: Floats, y: Floats, i: int) -> float:
+    keep = np.abs(x - x[i]) > 1e-9  # the whole size is left out, not one of its repeats
+    return float(_predict(kind, x[keep], y[keep], x[i : i + 1])[0])
+
+
+def best_by_size(
+    records: Sequence[Record], cost: str, belief: Belief | None
+) -> tuple[list[float], list[float], list[Record]]:
+    """For each size (0.15 decades of cost, or a twelfth of their range if that is less) the record of the best shrunken score, with that score.
+
+    Shrunken scores, moved to the test's scale where there are retests, are corrected for having been selected;
+    without a belief (nothing is known of the error) validation scores stand, and are too rosy.
+    """
+    able = [v for r in records if r.state == "complete" and math.isfinite(v := measure(r, cost)) and v > 0]
+    # Where all costs lie close together, as memory does, sizes do too.
+    width = min(BIN, math.log10(max(able) / min(able)) / 12 or BIN) if able else BIN
+    sizes: dict[int | None, tuple[float, float, Record]] = {}
+    for record in records:
+        value = measure(record, cost)
+        if record.state != "complete" or not math.isfinite(value) or value < 0:
+            continue
+        known = belief.by_number.get(record.number) if belief else None
+        score = known.score.mean if known else record.validation
+        sign = 1 if record.direction == "maximize" else -1
+        key = None if value == 0 else math.floor(math.log10(value) / width)
+        if key not in sizes or sign * score > sign * sizes[key][1]:
+            sizes[key] = (value, score, record)
+    found = sorted(sizes.values(), key=lambda item: item[0])
+    return [f[0] for f in found], [f[1] for f in found], [f[2] for f in found]
+
+
+def curves(
+    records: Sequence[Record], cost: str, belief: Belief | None, groups: Mapping[str, Sequence[Record]]
+) -> tuple[dict[str, Curve], dict[str, str]]:
+    """A curve of the best design of each size for the whole ("all methods") and each group; and why others have none."""
+    found: dict[str, Curve] = {}
+    refused: dict[str, str] = {}
+    for name, members in (("all methods", records), *groups.items()):
+        costs, scores, chosen = best_by_size(members, cost, belief)
+        direction = chosen[0].direction if chosen else "maximize"
+        try:
+            found[name] = fit_curve(costs, scores, direction=direction)
+        except FitError as error:
+            refused[name] = str(error)
+    return found, refused

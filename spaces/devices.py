@@ -1,0 +1,57 @@
+"""Devices a plan is held against: memory and rates from the makers' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftscape.spaces.words import InputError, nearest
+
+#: Set aside for the device's context, libraries' workspaces and what the allocator cannot reuse. A choice, not a
+#: measurement: contexts take 0.3 to 0.8 GB.
+RESERVE_BYTES = 10**9
+
+#: The fraction of a dense peak that training reaches: 0.46 for PaLM (arXiv:2204.02311, table 3), 0.52 for Megatron
+#: (arXiv:2104.04473, table 1), a tenth where launches and memory bind short batches. The expected time takes the
+#: middle one, the stated range the outer two.
+UTILISATION = (0.1, 0.3, 0.6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device.
+
+    Args:
+        memory_bytes: decimal, as sold (80 GB = 80e9).
+        flops: dense products in bfloat16 (float16 where there is no bfloat16), a second.
+        bandwidth: bytes a second.
+    """
+
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a training may take."""
+        return self.memory_bytes - RESERVE_BYTES
+
+
+#: Memory in GB, dense TFLOP/s, TB/s.
+_SHEETS = {
+    "t4": (16, 65, 0.32), "v100-32gb": (32, 125, 0.9), "a10": (24, 125, 0.6), "l4": (24, 121, 0.3),
+    "rtx-3090": (24, 71, 0.936), "rtx-4090": (24, 165, 1.008), "a100-40gb": (40, 312, 1.555),
+    "a100-80gb": (80, 312, 2.039), "l40s": (48, 362, 0.864), "h100-80gb": (80, 989, 3.35),
+    "h200": (141, 989, 4.8), "b200": (180, 2250, 7.7), "mi300x": (192, 1307, 5.3),
+}  # fmt: skip
+DEVICES = {
+    name: Device(name=name, memory_bytes=round(gb * 1e9), flops=tflops * 1e12, bandwidth=tb * 1e12)
+    for name, (gb, tflops, tb) in _SHEETS.items()
+}
+
+
+def device(name: str) -> Device:
+    """The device of that name. Raises InputError with the nearest one."""
+    if name.lower() not in DEVICES:
+        raise InputError("device", [f'no device "{name}"{nearest(name.lower(), DEVICES)}'])
+    return DEVICES[name.lower()]

@@ -1,0 +1,278 @@
+"""What a design will cost on a model and a device, before anything is trained and without weights.
+
+    peak = max over the phases of a step of (weights + optimiser + gradients + kept + what the phase itself needs)
+
+Every term is a closed form of `cost.py`, `activations.py` and `kept.py`, or stands in a profile with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftscape.spaces.cost import WEIGHT_BYTES, forward_flops, model_bytes, working_bytes
+from peftscape.spaces.file_size import file_bytes, stored_tensors
+from peftscape.spaces.flow import Attention
+from peftscape.spaces.kept import kept
+from peftscape.spaces.price import adapter_size, extra_flops, head_flops, head_size, optimised_size, train_flops
+from peftscape.spaces.profiles import WIDTH, Profile
+from peftscape.spaces.words import InputError
+
+if TYPE_CHECKING:
+    from peftscape.spaces.design import Design
+    from peftscape.spaces.sites import SiteMap
+
+#: Model states of mixed-precision Adam: two bytes each for weight and gradient, 12 for the float32 master and both
+#: moments (arXiv:1910.02054, sec. 3.1).
+MIXED_PRECISION = 16
+
+Objective = Literal["lm", "class", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a design is trained.
+
+    Args:
+        batch, length: texts a step, and tokens of the longest, to which the others are padded.
+        dtype: of the frozen weights, one of `WEIGHT_BYTES`.
+        attention: None for the profile's own.
+        checkpointing: layers are run again in the backward.
+        dropout: of the adapters; None for the profile's own.
+        objective: `lm` (next tokens), `class` (transformers' own head) or `mean`; None for the profile's own.
+        outputs: of a classification head.
+    """
+
+    batch: int = 8
+    length: int = 512
+    dtype: str = "bfloat16"
+    attention: Attention | None = None
+    checkpointing: bool = False
+    dropout: float | None = None
+    objective: Objective | None = None
+    outputs: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes by what they hold; `peak` is the most that a step has at once, as the allocator counts it.
+
+    Args:
+        weights: the backbone, its language-model head included; `trained` the values that train beside it.
+        logits, working: at the height of the loss and of a layer; they do not meet, and `peak` takes one.
+        early: gradients that are there at the loss and in the backward: all of an adapter's, which are small; of a
+            whole model's that of the output weights, since the others come as the activations go.
+        outputs: the logits that the training loop holds through the backward.
+        step: temporaries of the optimiser's step, after the activations went.
+    """
+
+    weights: int
+    trained: int
+    gradients: int
+    optimiser: int
+    activations: int
+    adapters: int
+    copies: int
+    held: int
+    logits: int
+    working: int
+    early: int
+    outputs: int
+    step: int
+    peak: int
+    phase: str
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and moments."""
+        return self.weights + self.trained + self.gradients + self.optimiser
+
+    @property
+    def kept(self) -> int:
+        """What autograd keeps."""
+        return self.activations + self.adapters + self.copies
+
+    def parts(self) -> dict[str, int]:
+        """What is there at the peak; the parts add up to it."""
+        always = {"weights": self.weights, "trained": self.trained, "optimiser": self.optimiser}
+        if self.phase == "the optimiser's step":
+            found = always | {"gradients": self.gradients, "step": self.step}
+        else:
+            found = always | {"gradients": self.early, "activations": self.activations, "adapters": self.adapters}
+            found |= {"copies": self.copies, "held": self.held}
+            found |= {"logits": self.logits} if self.phase == "the loss" else {
+                "logits": self.outputs, "working": self.working
+            }  # fmt: skip
+        return {name: size for name, size in found.items() if size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A design's costs on one model in one setting. FLOPs are for a token unless said otherwise.
+
+    Args:
+        backbone: parameters, a language-model head included where it is used.
+        frozen_bytes: of the backbone by precision.
+        memory: None for encoder-decoders, of which the activations are not known.
+        infer_extra_flops, infer_extra_bytes: a token's, where the change stays beside the weights.
+        mixed_precision_bytes: model states of full fine-tuning at 16 bytes a parameter.
+    """
+
+    model: str
+    design: str
+    profile: str
+    setting: Setting
+    backbone: int
+    adapter: int
+    head: int
+    adapter_bytes: int
+    frozen_bytes: Mapping[str, int]
+    memory: Memory | None
+    forward_flops: float
+    train_flops: float
+    step_flops: float
+    infer_extra_flops: float
+    infer_extra_bytes: int
+    mixed_precision_bytes: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def total(self) -> int:
+        """All trained parameters."""
+        return self.adapter + self.head
+
+    def json(self) -> dict[str, Any]:
+        """All of it for JSON, with the sums."""
+        out = asdict(self) | {"trainable": self.total, "trainable_percent": 100 * self.total / self.backbone}
+        if self.memory is not None:
+            of = self.memory
+            out["memory"] |= {"states": of.states, "kept": of.kept, "parts": of.parts()}
+        return out
+
+
+def plan(
+    design: Design, sites: SiteMap, profile: Profile, setting: Setting, *, model: str = "", tied: bool = True,
+    counts_only: str | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a design.
+
+    Args:
+        tied: whether a language-model head shares the embedding's weights.
+        counts_only: why FLOPs and activations are left out, if they are.
+
+    Raises:
+        InputError: the design does not fit the model, or the setting is impossible.
+    """
+    if errors := [*_wrong(setting), *design.check(sites)]:
+        raise InputError("plan", errors)
+    objective = setting.objective or (profile.objective if sites.causal else "class")
+    if objective == "lm" and not (sites.causal or counts_only):
+        raise InputError("plan", [f"objective: {sites.family} is no causal model, it has no next token to learn"])
+    output_head = 0 if tied or objective != "lm" else sites.vocab * sites.d_model
+    head: Literal["class", "mean"] | None = None if objective == "lm" or counts_only else objective
+    try:
+        on_head = head_size(sites, setting.outputs, head) if head else 0
+    except ValueError as error:
+        raise InputError("plan", [str(error)]) from None
+    adapter, full = adapter_size(design, sites), design.solo
+    adapter += output_head if full else 0
+    notes = [counts_only] if counts_only else []
+    frozen = {dtype: _weights(sites, dtype, output_head, profile) for dtype in WEIGHT_BYTES}
+    file = file_bytes(stored_tensors(design, sites, setting.outputs, head))
+    parameters = sites.parameters + output_head
+    memory, flops = None, (0.0, 0.0, 0.0)
+    extra = (0.0, 0)
+    if counts_only is None:
+        memory = _memory(design, sites, profile, setting, objective, output_head, on_head)
+        flops = _flops(design, sites, setting, objective, on_head)
+        unmerged = extra_flops(design, sites, setting.length)[2] / setting.length
+        beside = [p for p in design.placements if not p.method.merges]
+        deployed = sum(t.size for p in beside for _, _, _, t in p.tensors(sites) if t.deployed)
+        extra = (unmerged, deployed * WIDTH[setting.dtype])
+    if any(p.method.prompt_length() for p in design.placements) and counts_only is None:
+        longer = setting.length + design.prompt_length()
+        grown = forward_flops(sites, longer) - forward_flops(sites, setting.length)
+        extra = (extra[0] + grown / setting.length, extra[1])
+    return Plan(
+        model=model, design=design.label, profile=profile.name, setting=setting, backbone=parameters, adapter=adapter,
+        head=on_head, adapter_bytes=file, frozen_bytes=frozen, memory=memory, forward_flops=flops[0],
+        train_flops=flops[1], step_flops=flops[2], infer_extra_flops=extra[0], infer_extra_bytes=extra[1],
+        mixed_precision_bytes=MIXED_PRECISION * parameters if full else None, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _memory(
+    design: Design, sites: SiteMap, profile: Profile, setting: Setting, objective: Objective, output_head: int,
+    on_head: int,
+) -> Memory:  # fmt: skip
+    full, width = design.solo, WIDTH[setting.dtype]
+    of_trained = profile.trained_width(setting.dtype, full=full)
+    optimised = optimised_size(design, sites) + on_head + (output_head if full else 0)
+    # Where all weights train in place they are the backbone; peftscape trains a change beside it.
+    in_place = full and not profile.full_masters
+    weights = 0 if in_place else _weights(sites, setting.dtype, output_head, profile)
+    trained, gradients, optimiser = optimised * of_trained, optimised * of_trained, 2 * optimised * of_trained
+    held = kept(
+        design, sites, profile, tokens=setting.length, batch=setting.batch, dtype=setting.dtype,
+        attention=setting.attention, checkpointing=setting.checkpointing, dropout=setting.dropout,
+    )  # fmt: skip
+    length = setting.length + design.prompt_length()
+    a_logit = max(profile.logit_bytes(setting.dtype)) if objective == "lm" else 0
+    logits = a_logit * setting.batch * length * sites.vocab
+    working = working_bytes(sites, length, setting.batch, width, attention=setting.attention or profile.attention)
+    # The training loop still holds the model's output while the backward runs.
+    outputs = width * setting.batch * length * sites.vocab if objective == "lm" else 0
+    if setting.dtype in ("int8", "nf4", "nf4-dq"):  # a quantised weight is restored whole for its product
+        working += width * max(s.d_in * s.d_out for s in sites.sites if s.kind in ("up", "down", "o"))
+    step = profile.step_copies * optimised * of_trained
+    base = weights + trained + optimiser
+    # The gradients of a whole model come as its activations go; those of an adapter are small and counted throughout.
+    early = gradients if not full else sites.vocab * sites.d_model * of_trained if objective == "lm" else 0
+    phases = {
+        "the loss": base + early + held.total + logits,
+        "the backward": base + early + held.total + working + outputs,
+        "the optimiser's step": base + gradients + step,
+    }
+    phase = max(phases, key=lambda name: phases[name])
+    return Memory(
+        weights=weights, trained=trained, gradients=gradients, optimiser=optimiser, activations=held.backbone,
+        adapters=held.adapters, copies=held.copies, held=held.held, logits=logits, working=working, early=early,
+        outputs=outputs, step=step, peak=phases[phase], phase=phase,
+    )  # fmt: skip
+
+
+def _flops(
+    design: Design, sites: SiteMap, setting: Setting, objective: Objective, on_head: int
+) -> tuple[float, float, float]:
+    """A token's forward, its forward and backward, and a step's."""
+    length = setting.length + design.prompt_length()
+    eager = setting.attention in (None, "eager", "lanes")
+    forward, backward = train_flops(design, sites, length, batch=setting.batch, attention="lanes" if eager else "fused")
+    if objective == "lm":
+        product = 2 * length * sites.vocab * sites.d_model
+        forward += product
+        backward += product * (2 if design.solo else 1 if design.lowest_layer(sites) < sites.layers else 0)
+    else:
+        head = head_flops(design, sites, on_head)
+        forward, backward = forward + head[0], backward + head[1] - head[0]
+    if setting.checkpointing:
+        backward += forward  # once more, layer by layer
+    return forward / setting.length, (forward + backward) / setting.length, setting.batch * (forward + backward)
+
+
+def _weights(sites: SiteMap, dtype: str, output_head: int, profile: Profile) -> int:
+    """Bytes of the frozen model; a language-model head stays in 16 bits unless the implementation quantises it."""
+    width = WEIGHT_BYTES[dtype]
+    return model_bytes(sites, dtype) + round(output_head * (width if profile.quantised_inputs else max(width, 2.0)))
+
+
+def _wrong(setting: Setting) -> list[str]:
+    errors = [
+        f"{name}: {value} is not at least 1"
+        for name, value in (("batch", setting.batch), ("length", setting.length), ("outputs", setting.outputs))
+        if value < 1
+    ]
+    if setting.dropout is not None and not 0 <= setting.dropout < 1:
+        errors.append(f"dropout: {setting.dropout} is not from 0 to below 1")
+    return errors
