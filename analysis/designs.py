@@ -29,7 +29,7 @@ def parts(record: Record) -> dict[str, dict[str, Value]]:
 
 
 def features(record: Record) -> dict[str, Value]:
-    """What every design has: its methods, sites, number of layers and training knobs; other columns of imported runs."""
+    """What every design has: its methods, sites, layers and training knobs, and how many parameters."""
     own = parts(record)
     training = own.pop("training", {})
     sites = sorted({s for p in own.values() for s in str(p.get("sites", p.get("target_modules", ""))).split("+") if s})

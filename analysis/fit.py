@@ -75,22 +75,29 @@ class Curve:
         """
         if not cost > 0 or not math.isfinite(cost):
             raise ValueError(f"expected a positive cost, found {cost}")
-        sign = 1.0 if self.direction == "maximize" else -1.0
-        log = np.array([math.log(cost)])
-        value = float(_predict(self.kind, self.x, self.y, log)[0])
-        others = np.array([_predict(self.kind, x, y, log)[0] for x, y in self.refits])
-        low, high = (float(bound) for bound in np.percentile(others, [2.5, 97.5]))
-        low, high = min(low, value), max(high, value)
+        return self._expected([cost])[0]
+
+    def _expected(self, costs: Sequence[float]) -> list[Expected]:
+        """Each refit is evaluated once for all costs."""
         from scipy.special import stdtrit
 
+        sign = 1.0 if self.direction == "maximize" else -1.0
+        logs = np.log(np.asarray(costs, dtype=np.float64))
+        values = _predict(self.kind, self.x, self.y, logs)
+        others = np.array([_predict(self.kind, x, y, logs) for x, y in self.refits])
+        lows, highs = np.percentile(others, [2.5, 97.5], axis=0)
         freedom = max(self.sizes - (3 if self.kind == "saturating" else 2), 2)
-        reach = float(stdtrit(freedom, 0.975)) * self.errors[self.kind]
-        # Leave-one-out residuals hold the curve's own error once; where the curve is vaguer, it counts more.
-        reach = max(reach, math.hypot(reach, (high - low) / 2) if not self.low <= cost <= self.high else reach)
-        bounds = sorted((sign * low, sign * high))
-        new = sorted((sign * (value - reach), sign * (value + reach)))
-        outside = not self.low * (1 - 1e-9) <= cost <= self.high * (1 + 1e-9)
-        return Expected(sign * value, bounds[0], bounds[1], new[0], new[1], outside)
+        own = float(stdtrit(freedom, 0.975)) * self.errors[self.kind]
+        found = []
+        for cost, middle, under, over in zip(costs, values, lows, highs, strict=True):
+            value, low, high = float(middle), float(min(under, middle)), float(max(over, middle))
+            outside = not self.low * (1 - 1e-9) <= cost <= self.high * (1 + 1e-9)
+            # Leave-one-out residuals hold the curve's own error once; beyond the data it is vaguer and adds to them.
+            reach = math.hypot(own, (high - low) / 2) if outside else own
+            bounds = sorted((sign * low, sign * high))
+            new = sorted((sign * (value - reach), sign * (value + reach)))
+            found.append(Expected(sign * value, bounds[0], bounds[1], new[0], new[1], outside))
+        return found
 
     def cost_for(self, quality: float) -> "CostFor":
         """The least cost at which the curve reaches a quality, looked for up to a hundred times beyond the data."""
@@ -110,7 +117,7 @@ class Curve:
     def line(self, points: int = 60, beyond: float = 0.0) -> tuple[list[float], list[Expected]]:
         """The curve at costs evenly spaced in ratio, from low to high and by the factor 10^beyond further."""
         costs = np.geomspace(self.low * 10**-beyond, self.high * 10**beyond, points).tolist()
-        return costs, [self.at(cost) for cost in costs]
+        return costs, self._expected(costs)
 
     def text(self) -> str:
         """The law in words."""
@@ -121,7 +128,7 @@ class Curve:
 
 
 def fit_curve(
-    cost: ArrayLike, quality: ArrayLike, *, direction: Direction = "maximize", refits: int = 200, seed: int = 0
+    cost: ArrayLike, quality: ArrayLike, *, direction: Direction = "maximize", refits: int = 100, seed: int = 0
 ) -> Curve:
     """The curve of quality against cost: isotonic or a - b c^-g, whichever predicts left-out sizes better.
 
@@ -198,7 +205,9 @@ def _left_out(kind: Kind, x: Floats, y: Floats, i: int) -> float:
 def best_by_size(
     records: Sequence[Record], cost: str, belief: Belief | None
 ) -> tuple[list[float], list[float], list[Record]]:
-    """For each size (0.15 decades of cost, or a twelfth of their range if that is less) the record of the best shrunken score, with that score.
+    """For each size the record of the best shrunken score, with that score.
+
+    A size is 0.15 decades of cost, or a twelfth of the costs' range if that is less.
 
     Shrunken scores, moved to the test's scale where there are retests, are corrected for having been selected;
     without a belief (nothing is known of the error) validation scores stand, and are too rosy.
@@ -224,7 +233,7 @@ def best_by_size(
 def curves(
     records: Sequence[Record], cost: str, belief: Belief | None, groups: Mapping[str, Sequence[Record]]
 ) -> tuple[dict[str, Curve], dict[str, str]]:
-    """A curve of the best design of each size for the whole ("all methods") and each group; and why others have none."""
+    """A curve of the best design of each size for the whole ("all methods") and each group; why others have none."""
     found: dict[str, Curve] = {}
     refused: dict[str, str] = {}
     for name, members in (("all methods", records), *groups.items()):

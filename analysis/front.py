@@ -84,8 +84,8 @@ def non_dominated(values: ArrayLike, directions: Sequence[Direction]) -> NDArray
     index = np.flatnonzero(~np.isnan(losses).any(axis=1))
     if not len(index):
         return mask
-    if losses.shape[1] == 1:
-        mask[index] = losses[index, 0] == losses[index, 0].min()
+    if losses.shape[1] <= 1:  # without objectives no point is worse than another
+        mask[index] = (losses[index] == losses[index].min(axis=0)).all(axis=1)
         return mask
     import moocore  # 0.2 s to import
 

@@ -33,7 +33,7 @@ class Importance:
 
 
 def importances(
-    records: Sequence[Record], target: Objective | str, *, method: str | None = None, most: int = 1000
+    records: Sequence[Record], target: Objective | str, *, method: str | None = None, most: int = 500
 ) -> tuple[Importance, ...]:
     """The knobs by importance for a target, computed by Optuna (Hutter et al. 2014; Watanabe et al. 2023).
 
@@ -63,7 +63,7 @@ def importances(
     found: list[Mapping[str, float]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls one of them experimental
-        for evaluator in (FanovaImportanceEvaluator(n_trees=16, max_depth=8, seed=0), PedAnovaImportanceEvaluator()):
+        for evaluator in (FanovaImportanceEvaluator(n_trees=10, max_depth=8, seed=0), PedAnovaImportanceEvaluator()):
             try:
                 found.append(get_param_importances(study, evaluator=evaluator))
             except (ValueError, RuntimeError, ZeroDivisionError):  # too few distinct values for this evaluator

@@ -26,7 +26,7 @@ def curve_traces(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
     colours = [INK, *(colour for colour, _ in _STYLES)]
     for (name, curve), colour in zip(curves.items(), colours, strict=False):
         first = name == "all methods"
-        costs, points = curve.line(beyond=0.0)
+        costs, points = curve.line()
         line = {"color": colour, "width": 2 if first else 1.5, "dash": "dash"}
         traces.append(
             {
@@ -75,6 +75,7 @@ def importance_figure(found: Mapping[str, Sequence[Importance]]) -> dict[str, An
     layout = _layout("share of the variance that each explains (fANOVA)", "")
     layout["xaxis"] |= {"type": "linear", "tickmode": "auto", "range": [0, 1]}
     layout["yaxis"].pop("tickformat")
+    layout["legend"] |= {"y": 1.02, "yanchor": "bottom"}  # below, it would cover the title of so low a figure
     return {"data": data, "layout": {**layout, "height": 160 + 46 * len(knobs), "barmode": "group"}}
 
 

@@ -89,7 +89,7 @@ def posterior(
     z, e2 = (y - y.mean()) / scale, (s / scale) ** 2
     fits = [_fit(z, e2, basis, np.ones(n), k) for k in (1, 2, 3) if 4 * k <= n]
     parts = min(fits, key=lambda fit: _bic(fit, n)).weights.size
-    refits = refits or (30 if n <= 500 else 6 if n <= 2000 else 3)
+    refits = refits or (20 if n <= 500 else 6 if n <= 2000 else 3)
     found = []
     for size in np.diff(np.linspace(0, draws, refits + 1).astype(int)):
         weights = rng.dirichlet(np.ones(n)) * n

@@ -80,7 +80,9 @@ class Head:
             return torch.baddbmm(params["bias"].unsqueeze(1), means, params["weight"].mT)
         at = batch.last if self.pooling == "last" else batch.first
         picked = states[at.reshape(-1)].unsqueeze(1)
-        pooled = self.backbone.pooler(picked) if self.pooling == "pooler" else picked[:, 0]
+        pooled = picked[:, 0]
+        if self.pooling == "pooler":  # frozen, so in the backbone's own precision
+            pooled = self.backbone.pooler(picked.to(self.backbone.dtype)).to(picked.dtype)
         per_lane = torch.vmap(self._one)
         out: Tensor = per_lane(dict(params), picked.view(lanes, examples, 1, -1), pooled.view(lanes, examples, -1))
         return out

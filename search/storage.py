@@ -97,14 +97,16 @@ class Storage:
         self._records[record.number] = record
 
     def release(self) -> int:
-        """Trials that an earlier session left running are asked for again; how many there were."""
+        """Trials that an earlier session left running are asked for again, before all others; how many there were.
+
+        They keep their numbers, and so the trials after them theirs: a search that was interrupted asks its sampler
+        what an unbroken one does.
+        """
         from optuna.trial import TrialState
 
         left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in left:
-            self._study.tell(trial.number, state=TrialState.FAIL)
-            attrs = {"textbook": trial.user_attrs["textbook"]} if "textbook" in trial.user_attrs else None
-            self._study.enqueue_trial(trial.params, user_attrs=attrs)
+        for trial in left:  # `ask` takes what waits, in order; a trial that has its parameters gives them again
+            self._study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
         for trial in self._retests.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._retests.tell(trial.number, state=TrialState.FAIL)
         return len(left)

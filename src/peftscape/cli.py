@@ -99,10 +99,11 @@ def check(file: File = None, set_: Set = None, as_json: Json = False) -> None:
     """List all errors of a configuration, or say how large its space is and what its ends cost."""
     from peftscape.search.check import Checked
     from peftscape.search.check import check as check_config
+    from peftscape.search.config_file import DEFAULT, read_config
     from peftscape.spaces.words import InputError
 
     try:
-        config = _config(file, None, set_ or [])
+        config = read_config(file if file is not None else DEFAULT, set_ or [])
         found = check_config(config)
         if found.errors:
             raise InputError(file.name if file else "configuration", found.errors)

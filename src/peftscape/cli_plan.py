@@ -175,7 +175,11 @@ def _device_rows(of: Fit) -> list[tuple[str, str, str]]:
     lanes = f", {of.lanes} lanes" if of.lanes is not None else ""
     return [
         (of.device, "fits" if of.fits else "too small", f"{batch}{lanes}; {memory}"),
-        ("devices", sharded.split()[0], f"{sharded}; {of.state_devices} hold the model states alone, at 16 bytes a parameter if all train"),
+        (
+            "devices",
+            sharded.split()[0],
+            f"{sharded}; {of.state_devices} hold the model states alone, at 16 bytes a parameter if all train",
+        ),
         ("a step", f"{of.step_s:.3g} s", f"{of.fastest_s:.3g} to {of.slowest_s:.3g} s (60 to 10 % of its peak)"),
     ]
 

@@ -15,14 +15,23 @@ from rich.console import Console
 
 from peftscape.analysis import units
 from peftscape.analysis.figures import family, front_figure, hovers
+from peftscape.analysis.forms import write
 from peftscape.analysis.front import front
 from peftscape.analysis.picks import picks
 from peftscape.analysis.report import write_report
 from peftscape.analysis.sources import Study, from_optuna
 from peftscape.analysis.table import front_json, front_table, trials_json
+from peftscape.analysis.watch import watch
 from peftscape.spaces.record import Score
 
 EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importances take a second a report, and have tests of their own: one report here has them."""
+    if "loads_nothing" not in request.node.name:
+        monkeypatch.setattr("peftscape.analysis.findings.importances", lambda *_, **__: ())
 
 
 class Page(HTMLParser):
@@ -56,7 +65,7 @@ def of(*records: synthetic.Record) -> Study:
     return from_optuna(synthetic.store(list(records), optuna.storages.InMemoryStorage())[0], source="runs/demo")
 
 
-@pytest.mark.parametrize("n", [1, 60, 2000])
+@pytest.mark.parametrize("n", [1, 60, 800])
 def test_the_report_loads_nothing_and_holds_every_trial(n: int, tmp_path: Path) -> None:
     found = page(synthetic.study(n, retested=min(n, 6)), tmp_path)
     assert found.loads == ["data:,"]
@@ -162,6 +171,49 @@ def test_json_is_strict_and_states_the_reference() -> None:
     everything = json.loads(json.dumps(trials_json(study), allow_nan=False))
     assert len(everything["trials"]) == 60
     assert front_json(of(synthetic.record(0, None)))["hypervolume"] is None
+
+
+def test_the_report_says_what_noise_leaves_and_what_matters(tmp_path: Path) -> None:
+    study = synthetic.study(60, retested=5)
+    text = re.sub(r"\s+", " ", " ".join(page(study, tmp_path).text))
+    for said in ("What noise leaves of it", "indistinguishable from the best", "Optimism of selection", "What matters"):
+        assert said in text
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    spots = [html.index(f'id="{part}"') for part in ("answer", "front", "likely", "matters", "all", "repeat")]
+    assert spots == sorted(spots)
+
+
+def test_markdown_has_the_answer_and_no_markup_of_records(tmp_path: Path) -> None:
+    evil = synthetic.record(0, label=f"{EVIL} | a", textbook=None)
+    failed = synthetic.record(1, None, failure=synthetic.Failure(kind=EVIL, message="a|b\nc"))
+    text = write(of(evil, failed), tmp_path / "r.md", "md").read_text(encoding="utf-8")
+    assert "## What to use" in text
+    assert "<script" not in text
+    assert "a\\|b c" in text
+    with pytest.raises(ValueError, match="expected html, md or png"):
+        write(of(evil), tmp_path / "r.pdf", "pdf")
+
+
+def test_notebooks_show_fronts_and_studies() -> None:
+    study = synthetic.study(20)
+    evil = dataclasses.replace(study, name=EVIL)
+    found = front(study.records, study.objectives)
+    assert found._repr_html_().count("<tr>") == len(found) + 1
+    assert "<script" not in evil._repr_html_()
+    assert "on the front" in evil._repr_html_()
+
+
+def test_a_live_view_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter([ValueError("database is locked"), synthetic.study(12)])
+
+    def read() -> Study:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    watch(read, every=0.0, rounds=2)
+    assert "complete" in capsys.readouterr().out
 
 
 def test_one_retest_seed_has_no_interval(tmp_path: Path) -> None:
