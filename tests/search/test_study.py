@@ -219,7 +219,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(Cohort, "step", patched)
 
 
-@pytest.mark.parametrize("more", [FULL, {"space": "unified"}], ids=["textbook", "random"])
+@pytest.mark.parametrize("more", [FULL, {}], ids=["textbook", "random"])
 def test_an_interrupted_search_becomes_the_unbroken_one(
     more: dict[str, Any], base: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

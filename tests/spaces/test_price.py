@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,14 @@ def price(of: Design, family: str = "bert", *, tokens: int = TOKENS, batch: int 
     return costs(of, SITES[family], outputs=OUTPUTS, tokens=tokens, batch=batch, **more)
 
 
+@functools.cache
+def built(family: str) -> Backbone:
+    return Backbone.from_config(CONFIGS[family])
+
+
 def cohort(of: Design, family: str) -> Cohort:
     """One lane on texts of one length, so that nothing is padding."""
-    backbone = Backbone.from_config(CONFIGS[family])
+    backbone = built(family)
     ids = [np.random.default_rng(i).integers(3, 99, size=TOKENS) for i in range(BATCH)]
     data = EncodedSplit(ids, None, np.arange(BATCH) % OUTPUTS, 0, np.full(BATCH, TOKENS))
     made = Cohort(backbone, Head(backbone, kind="class", outputs=OUTPUTS), data, batch_size=BATCH)
