@@ -300,7 +300,7 @@ class MethodContract:
     @on(POSSIBLE)
     def test_its_file_brings_it_back(self, name: str, family: str, tmp_path: Path) -> None:
         base, on_top = backbone(family, "float32"), head(family, "float32")
-        for i, design in enumerate(examples(name, family)):
+        for i, design in enumerate(examples(name, family)[:4]):
             own = lane(design, 1, family, "float32")
             move([own])
             card = Card(design=design, head="class", outputs=OUTPUTS, max_length=40)
