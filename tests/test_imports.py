@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def imported(path):
 def loaded(code):
     """Which heavy packages a fresh interpreter has loaded after running the code."""
     code += f"\nimport json, sys\nprint()\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    with tempfile.TemporaryDirectory() as empty:  # where no run lies that a command would read
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=empty, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -99,6 +101,7 @@ def commands(status, *lines):
     """What a fresh interpreter has loaded after these commands, which must end with this status."""
     code = f"""
 import sys
+import tempfile
 from peftscape.cli import main
 for line in {lines}:
     sys.argv = ["peftscape", *line.split()]
