@@ -78,6 +78,18 @@ class Cohort:
 
     def step(self) -> list[float]:
         """Train every lane for one step; its loss in the order of `lanes`. A lane whose loss is not finite fails."""
+        everyone = self.lanes
+        losses: dict[int, float] = {}
+        parts = _alike(everyone)
+        for part in parts:
+            if len(parts) > 1:
+                self._arrange(part)
+            losses |= dict(zip(map(id, self.lanes), self._step(), strict=True))
+        if len(parts) > 1:
+            self._arrange(everyone)
+        return [losses[id(lane)] for lane in self.lanes]
+
+    def _step(self) -> list[float]:
         started = time.perf_counter()
         examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
         losses = self.losses(examples)
@@ -127,14 +139,14 @@ class Cohort:
     def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
         """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`."""
         everyone, chosen = self.lanes, lanes or tuple(self.lanes)
-        self._arrange(list(chosen))
+        found: dict[int, np.ndarray[Any, Any]] = {}
         try:
-            logits = self._predict(split)
-            order = [[id(lane) for lane in self.lanes].index(id(lane)) for lane in chosen]
+            for part in _alike(chosen):
+                self._arrange(part)
+                found |= dict(zip(map(id, self.lanes), self._predict(split), strict=True))
         finally:
             self._arrange(everyone)
-        out: np.ndarray[Any, Any] = logits[order]
-        return out
+        return np.stack([found[id(lane)] for lane in chosen])
 
     @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
@@ -295,6 +307,14 @@ class Cohort:
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""
         return x.reshape(len(self.lanes), -1, x.shape[-1])
+
+
+def _alike(lanes: Sequence[Lane]) -> list[list[Lane]]:
+    """Lanes that run in one pass: each is padded to the longest, so prompts of like length go together."""
+    parts: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        parts.setdefault(lane.design.prompt_length().bit_length(), []).append(lane)
+    return list(parts.values())
 
 
 def _adapt(stage: Stage, x: Tensor, y: Tensor) -> Tensor:
