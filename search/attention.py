@@ -6,6 +6,7 @@ through that interface never calls it, and `calls` shows that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,17 @@ NAME = "peftscape"
 
 @dataclass
 class Prefix:
-    """Keys and values that lanes `first` to before `stop` add in one layer: lanes x length x d_kv."""
+    """Keys and values that lanes `first` to before `stop` add in one layer: lanes x length x d_kv.
+
+    `gate` gives lanes x texts x 1, what keys and values are multiplied with for each text.
+    """
 
     first: int
     stop: int
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    gate: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -157,8 +162,14 @@ def _with_prefix(
     """Queries, keys, values and bias of rows from `start` on, the keys and values behind their lane's prefix."""
     if prefix is None:
         return q, k, v, bias
-    which = torch.from_numpy(rows.lanes[start : start + len(q)] - prefix.first).to(q.device)
+    mine = slice(start, start + len(q))
+    which = torch.from_numpy(rows.lanes[mine] - prefix.first).to(q.device)
     keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
+    if prefix.gate is not None:
+        gate = prefix.gate()
+        text = torch.from_numpy(rows.rows[mine] % gate.shape[1]).to(q.device)
+        weight = gate[which, text][:, :, None, None]
+        keys, values = keys * weight, values * weight
     hidden = hidden.expand(-1, -1, bias.shape[2], -1)
     return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), torch.cat([hidden, bias], dim=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from peftscape.search import attention
 from peftscape.search.attention import Attending
-from peftscape.spaces.sites import SiteMap, site_map
+from peftscape.spaces.sites import Site, SiteMap, site_map
 from peftscape.spaces.words import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -68,6 +69,21 @@ class Backbone:
         """The frozen pooler of BERT-like models on rows x 1 x d_model, in the backbone's precision."""
         pooled: Tensor = self.model.pooler(states.to(self.dtype))  # type: ignore[operator]
         return pooled.to(states.dtype)
+
+    def frozen(self, site: Site) -> dict[str, Any]:
+        """The frozen `weight` (d_out x d_in; a norm's gain) and `bias` (or None) of a linear or a norm.
+
+        A norm has `normalise` too: its input normalised, before gain and bias.
+        """
+        module: Any = self.model.get_submodule(site.path)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        if site.transposed:
+            weight = weight.T
+        if site.span is not None:
+            weight, bias = weight[slice(*site.span)], None if bias is None else bias[slice(*site.span)]
+        found: dict[str, Any] = {"weight": weight, "bias": None if bias is None else bias.detach()}
+        return found | ({"normalise": _normalise(module)} if site.kind == "norm" else {})
 
     @classmethod
     def load(
@@ -137,6 +153,20 @@ class Backbone:
                 module.peftscape_layer = site.layer  # type: ignore[assignment]
         # Each model object has a configuration of its own: the one the modules read is set through the model.
         self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+
+
+def _normalise(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The norm without its gain and bias, in float32 or wider as transformers' are."""
+    epsilon = float(next(getattr(norm, name) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name)))
+    centred = isinstance(norm, nn.LayerNorm)
+
+    def run(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if centred:
+            wide = wide - wide.mean(dim=-1, keepdim=True)
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)).to(x.dtype)
+
+    return run
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from peftscape.spaces.design import tensor_key
+from peftscape.spaces.compositions import gated
 from peftscape.spaces.methods.base import Lanes, Method
 
 if TYPE_CHECKING:
+    from peftscape.search.backbone import Backbone
     from peftscape.search.lane import Lane
-    from peftscape.spaces.sites import Site, SiteMap
+    from peftscape.search.packing import Batch
+    from peftscape.spaces.design import Placement
+    from peftscape.spaces.methods.base import Own
+    from peftscape.spaces.sites import Site
+    from peftscape.spaces.text import Text
 
 
 @dataclass(frozen=True)
@@ -22,23 +27,55 @@ class Group:
     """Lanes side by side that adapt one site with one method.
 
     Args:
-        method: of one of them; only what all share may be read from it.
+        placement: of one of them; only what all share may be read from it.
         first, count: the lanes' numbers in the cohort, from `first` on.
-        tensors: the declared tensors of each, by name.
+        members: the tensors that the site sees of each lane, by name.
         numbers: numeric knobs by name, lanes x 1 x 1.
+        frozen: the site's own weights, where the method reads them.
     """
 
-    method: Method
+    placement: Placement
     site: Site
     first: int
     count: int
-    tensors: dict[str, list[Tensor]]
+    members: list[Own]
     numbers: dict[str, Tensor]
+    frozen: dict[str, Any]
 
-    def values(self, dtype: torch.dtype) -> Lanes:
+    @property
+    def method(self) -> Method:
+        return self.placement.method
+
+    def values(self, dtype: torch.dtype, batch: Batch | None = None) -> Lanes:
         """What `apply` sees, padded with zeros to the largest of the group, in the dtype of the computation."""
-        stacked: dict[str, Any] = {name: stack(list_, dtype) for name, list_ in self.tensors.items()}
-        return Lanes(stacked | self.numbers)
+        names = [name for name in self.members[0] if name not in self.frozen]
+        stacked: dict[str, Any] = {name: stack([m[name] for m in self.members], dtype) for name in names}
+        text = {"text": self.text(batch)} if self.method.needs_text and batch is not None else {}
+        return Lanes(stacked | self.numbers | self.frozen | text)
+
+    def output(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+        """What the site gives, adapted."""
+        p = self.values(y.dtype, batch)
+        return self._composed(p, x, y, self.method.apply(p, x, y), batch)
+
+    def input(self, x: Tensor, batch: Batch) -> Tensor:
+        """What the site reads, adapted."""
+        p = self.values(x.dtype, batch)
+        return self._composed(p, x, x, self.method.apply_input(p, x), batch)
+
+    def gate(self, x: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
+        """lanes x texts x 1, from what the site's module reads."""
+        p = self.values(dtype)
+        return gated(x, p.gate, p.gate_bias, self.text(batch))
+
+    def text(self, batch: Batch) -> Text:
+        return batch.layout.lanes(self.first, self.count)
+
+    def _composed(self, p: Lanes, x: Tensor, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+        if self.placement.gate:
+            text = self.text(batch)
+            after = before + text.spread(gated(x, p.gate, p.gate_bias, text)) * (after - before)
+        return torch.where(p.keep.unsqueeze(1) > 0, after, before) if self.placement.drop else after
 
 
 @dataclass(frozen=True)
@@ -69,10 +106,10 @@ class Stage:
         return sizes, who
 
 
-Member = tuple[int, Method, dict[str, Tensor]]
+Member: TypeAlias = "tuple[int, Placement, Own]"
 
 
-def stages(lanes: Sequence[Lane], sites: SiteMap, dtype: torch.dtype, device: torch.device) -> list[Stage]:
+def stages(lanes: Sequence[Lane], backbone: Backbone) -> list[Stage]:
     """All stages, those of one module in the order in which each lane's placements act on it.
 
     One module may be sites of several kinds (BERT's output.dense is `down`, `ffn` and `bias`): placements are counted
@@ -80,25 +117,20 @@ def stages(lanes: Sequence[Lane], sites: SiteMap, dtype: torch.dtype, device: to
     run of neighbouring lanes with the same method, so that it is a view of the cohort's tensors and its gradients
     need no scattering.
     """
-    order = {site: i for i, site in enumerate(sites.sites)}
+    order = {site: i for i, site in enumerate(backbone.sites.sites)}
     found: dict[tuple[Any, ...], list[Member]] = {}
     where: dict[tuple[Any, ...], Site] = {}
     for number, lane in enumerate(lanes):
         depth: dict[str, int] = {}
-        for i, placement in enumerate(lane.design.placements):
-            adapted = [
-                (site, declared) for site in placement.where(sites) if (declared := placement.method.tensors(site))
-            ]
-            for site, declared in adapted:
-                own = {**lane.params, **lane.fixed}
-                tensors = {name: own[f"{i}/{tensor_key(site, name, t)}"] for name, t in declared.items()}
+        for placement, sites, seen in zip(lane.design.placements, lane.sites, lane.seen, strict=True):
+            for site, own in zip(sites, seen, strict=True):
                 key = (depth.get(site.path, 0), order[site], placement.method.side(site))
                 where[key] = site
-                found.setdefault(key, []).append((number, placement.method, tensors))
-            for path in {site.path for site, _ in adapted}:
+                found.setdefault(key, []).append((number, placement, own))
+            for path in {site.path for site in sites}:
                 depth[path] = depth.get(path, 0) + 1
     return [
-        Stage(where[key], tuple(_group(run, where[key], dtype, device) for run in _runs(members, where[key])))
+        Stage(where[key], tuple(_group(run, where[key], backbone) for run in _runs(members, where[key])))
         for key, members in sorted(found.items())
     ]
 
@@ -107,7 +139,8 @@ def _runs(members: list[Member], site: Site) -> list[list[Member]]:
     """Neighbouring lanes with the same method and static knobs."""
 
     def kind(member: Member) -> tuple[Any, ...]:
-        return (member[1].name, member[1].group_key(site))
+        placement = member[1]
+        return (placement.method.name, placement.gate, placement.drop > 0, placement.method.group_key(site))
 
     runs: list[list[Member]] = []
     for member in members:
@@ -118,14 +151,15 @@ def _runs(members: list[Member], site: Site) -> list[list[Member]]:
     return runs
 
 
-def _group(members: list[Member], site: Site, dtype: torch.dtype, device: torch.device) -> Group:
+def _group(members: list[Member], site: Site, backbone: Backbone) -> Group:
     return Group(
-        method=members[0][1],
+        placement=members[0][1],
         site=site,
         first=members[0][0],
         count=len(members),
-        tensors={name: [tensors[name] for _, _, tensors in members] for name in members[0][2]},
-        numbers=_numbers([method for _, method, _ in members], dtype, device),
+        members=[own for _, _, own in members],
+        numbers=_numbers([placement.method for _, placement, _ in members], backbone.dtype, backbone.device),
+        frozen=backbone.frozen(site) if members[0][1].method.needs_weight else {},
     )
 
 

@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftscape.spaces.compositions import top
+from peftscape.spaces.design import tensor_key
+from peftscape.spaces.methods.base import Tensor as Declared
 from peftscape.spaces.record import Failure
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.head import Head
     from peftscape.spaces.design import Design, Placement
-    from peftscape.spaces.methods.base import Tensor as Declared
+    from peftscape.spaces.methods.base import Own, Tensors
+    from peftscape.spaces.sites import Site
 
 HEAD = "head"
 
@@ -36,6 +40,8 @@ class Lane:
         params: trained tensors by key, `0/q/<path>/A` or `head/<name>`; float32 (float64 on a float64 backbone).
         fixed: declared tensors that do not train.
         masks: of masked tensors; gradients outside are dropped, values there are zero.
+        sites, own, seen: for each placement its sites; at each what the lane holds by name (one tensor under several
+            names or sites where it is shared); and what the site sees of it, which `unfold` makes.
     """
 
     design: Design
@@ -45,6 +51,9 @@ class Lane:
     fixed: dict[str, Tensor]
     masks: dict[str, Tensor]
     optimizer: torch.optim.AdamW
+    sites: list[tuple[Site, ...]]
+    own: list[list[Own]]
+    seen: list[list[Own]]
     name: str = ""
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -81,13 +90,43 @@ class Lane:
             self.failure = Failure(kind="not finite", message="the gradient is not finite", step=self.step)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.rate() * group["multiple"]
             self.optimizer.step()
             self.step += 1
+            self._after_step()
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for placement, own, sites in zip(self.design.placements, self.own, self.sites, strict=True):
+            if placement.method.after_step(own, self.step, self.steps):
+                self.optimizer.state.clear()
+            if self.step == self.steps:
+                placement.finish(own, sites)
+
+    def unfold(self, training: bool, again: int = 0) -> None:
+        """Make what the sites see of this step's tensors; `again` draws anew."""
+        for i, (placement, own, sites) in enumerate(zip(self.design.placements, self.own, self.sites, strict=True)):
+            if not placement.expands:
+                continue
+            source = generator(self.seed, f"{i}/step {self.step}, {again}") if training else None
+            for seen, row in zip(self.seen[i], placement.expand(own, sites, source), strict=True):
+                seen.clear()
+                seen.update(row)
+
+    def penalty(self) -> Tensor | None:
+        """What the methods add to the loss, if anything."""
+        found = [p.method.penalty(own) for p, own in zip(self.design.placements, self.own, strict=True)]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    @property
+    def consistency(self) -> float:
+        """The weight of the divergence between two passes; 0 for one pass."""
+        return sum(p.method.consistency() for p in self.design.placements)
+
     def adapter(self) -> dict[str, Tensor]:
-        """The trained tensors to keep, head included, detached."""
+        """The tensors to keep, head included, detached."""
         return {key: value.detach().clone() for key, value in {**self.fixed, **self.params}.items()}
 
 
@@ -101,27 +140,55 @@ def new_lane(
     name: str = "",
     masked: bool = True,
 ) -> Lane:
-    """A lane at its start: tensors drawn by its seed, masks by their scores (`snip` ones later, by `masks.snip`)."""
-    params: dict[str, Tensor] = {}
-    fixed: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    dtype = backbone.master_dtype
-    for key, placement, declared in declared_tensors(design, backbone):
-        value = draw(declared, generator(seed, key), backbone).to(dtype)
-        if masked and placement.mask is not None and placement.maskable(declared):
-            score = mask_score(placement.mask.score, declared, generator(seed, f"mask/{key}"), value)
-            masks[key] = keep_largest(score, placement.mask.kept(value.numel())).to(dtype)
-            value *= masks[key]
-            masks[key] = masks[key].to(backbone.device)
-        (params if declared.trains else fixed)[key] = value.to(backbone.device)
+    """A lane at its start: tensors drawn by its seed, masks by their scores (those from data later, by `prepare`)."""
+    lane = Lane(design, seed, steps, {}, {}, {}, None, [], [], [], name)  # type: ignore[arg-type]
+    rates: dict[float, list[Tensor]] = {1.0: []}
+    for i, placement in enumerate(design.placements):
+        made = placement.declared(backbone.sites)
+        lane.sites.append(tuple(site for site, _ in made))
+        lane.own.append([_hold(lane, i, placement, site, d, backbone, masked, rates) for site, d in made])
+        lane.seen.append([{} for _ in made] if placement.expands else lane.own[-1])
     for tensor_name, value in head.start(generator(seed, HEAD)).items():
-        params[f"{HEAD}/{tensor_name}"] = value.to(dtype).to(backbone.device)
-    for value in params.values():
-        value.requires_grad_()
-    optimizer = torch.optim.AdamW(
-        list(params.values()), lr=design.training.lr, weight_decay=design.training.weight_decay, fused=True
-    )
-    return Lane(design, seed, steps, params, fixed, masks, optimizer, name)
+        lane.params[f"{HEAD}/{tensor_name}"] = value.to(backbone.master_dtype).to(backbone.device).requires_grad_()
+        rates[1.0].append(lane.params[f"{HEAD}/{tensor_name}"])
+    lane.optimizer = torch.optim.AdamW(
+        [{"params": tensors, "multiple": rate} for rate, tensors in rates.items() if tensors],
+        lr=design.training.lr, weight_decay=design.training.weight_decay, fused=True,
+    )  # fmt: skip
+    return lane
+
+
+def _hold(
+    lane: Lane, number: int, placement: Placement, site: Site, declared: Tensors, backbone: Backbone, masked: bool,
+    rates: dict[float, list[Tensor]],
+) -> Own:  # fmt: skip
+    """The tensors of one site, made unless another site that shares them has made them."""
+    keys = {name: f"{number}/{tensor_key(site, name, tensor)}" for name, tensor in declared.items()}
+    held = {**lane.params, **lane.fixed}
+    frozen = backbone.frozen(site) if placement.method.needs_weight else {}
+    own_start: Own = {}
+    if any(d.init == "own" and keys[name] not in held for name, d in declared.items()):
+        source = generator(lane.seed, f"{number}/{tensor_key(site, 'start', Declared(()))}")
+        wide = {n: v.to(backbone.master_dtype) if isinstance(v, Tensor) else v for n, v in frozen.items()}
+        own_start = placement.method.start(site, wide, source)
+    for name, tensor in declared.items():
+        key = keys[name]
+        if key in held:
+            continue
+        value = own_start[name] if tensor.init == "own" else draw(tensor, generator(lane.seed, key), backbone)
+        value = value.long() if tensor.integer else value.to(backbone.master_dtype)
+        if masked and placement.mask is not None and placement.maskable(tensor):
+            score = mask_score(placement.mask.score, tensor, generator(lane.seed, f"mask/{key}"), value)
+            mask = top(score, placement.mask.kept(value.numel())).to(value)
+            value = value * mask
+            lane.masks[key] = mask.to(backbone.device)
+        value = value.to(backbone.device)
+        (lane.params if tensor.trains else lane.fixed)[key] = value
+        if tensor.trains:
+            rates.setdefault(tensor.rate, []).append(value.requires_grad_())
+    held = {**lane.params, **lane.fixed}
+    weights = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
+    return weights | {name: held[key] for name, key in keys.items()}
 
 
 def declared_tensors(design: Design, backbone: Backbone) -> Iterator[tuple[str, Placement, Declared]]:
@@ -158,10 +225,3 @@ def mask_score(score: str, declared: Declared, source: torch.Generator, value: T
     if score == "magnitude" and declared.init != "zeros":
         return value.abs()
     return torch.rand(declared.shape, generator=source)
-
-
-def keep_largest(score: Tensor, kept: int) -> Tensor:
-    """True at the `kept` largest scores."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool)
-    mask[torch.topk(score.reshape(-1), kept).indices.cpu()] = True
-    return mask.view(score.shape)

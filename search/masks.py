@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from peftscape.search.lane import declared_tensors, generator, keep_largest, new_lane
+from peftscape.search.lane import declared_tensors, generator, new_lane
+from peftscape.spaces.compositions import top
 
 if TYPE_CHECKING:
     from peftscape.search.cohort import Cohort
@@ -49,5 +50,5 @@ def snip(lane: Lane, cohort: Cohort) -> None:
         for key, kept in wanted.items():
             grad, value = probe.params[key].grad, probe.params[key]
             assert grad is not None
-            lane.masks[key] = keep_largest((grad * value).abs(), kept).to(value)
+            lane.masks[key] = top((grad * value).abs(), kept).to(value)
             lane.params[key].copy_(fresh.params[key] * lane.masks[key])

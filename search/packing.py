@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftscape.spaces.text import Text
+
 if TYPE_CHECKING:
     from peftscape.search.task import EncodedSplit
     from peftscape.spaces.sites import SiteMap
@@ -95,6 +97,26 @@ class Batch:
         rows = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths)
         starts = torch.cumsum(lengths, 0) - lengths
         return first[rows] + torch.arange(len(rows), device=first.device) - starts[rows], rows
+
+    @cached_property
+    def layout(self) -> Text:
+        """Where each token stands in its text, virtual tokens included."""
+        lengths = (self.last - self.first + 1).reshape(-1) + self.ahead
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        starts = torch.cumsum(lengths, 0) - lengths
+        size, count = self.ids.numel(), self.examples
+        row = torch.full((size,), count, device=rows.device).index_copy_(0, self.tokens, rows % count)
+        own = torch.arange(len(rows), device=rows.device) - starts[rows]
+        place = torch.zeros_like(row).index_copy_(0, self.tokens, own)
+        length = torch.zeros_like(row).index_copy_(0, self.tokens, lengths[rows])
+        row, place, length = (t.view(self.lanes, -1) for t in (row, place, length))
+        return Text(row, place, length, count)
+
+    @cached_property
+    def ahead(self) -> Tensor:
+        """Virtual tokens before each text."""
+        sizes = [0 if p is None else p.shape[1] for p in self.prompts]
+        return torch.tensor(sizes, device=self.first.device).repeat_interleave(self.examples)
 
 
 def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, padded: bool = False) -> Batch:

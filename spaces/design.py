@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftscape.spaces.methods import methods
-from peftscape.spaces.methods.base import Method, Tensor
-from peftscape.spaces.words import InputError, nearest
+from peftscape.spaces.compositions import GATE, Mask, Share, composed, dropped_below, shared_values, top, written
+from peftscape.spaces.methods.base import Method, Tensor, Tensors
+from peftscape.spaces.words import nearest
 
 if TYPE_CHECKING:
+    import torch
+
+    from peftscape.spaces.methods.base import Own
     from peftscape.spaces.sites import Site, SiteMap
-
-SCORES = ("random", "magnitude", "snip")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mask:
-    """A mask on a method's own matrices, drawn at initialisation and kept (SparseAdapter, arXiv:2210.04284).
-
-    Args:
-        sparsity: the zeroed fraction, 0 <= sparsity < 1 (the SparseAdapter code calls the kept fraction so).
-        score: `random`, `magnitude` (of the initial draw) or `snip` (|gradient * value| on one batch).
-    """
-
-    sparsity: float
-    score: str = "random"
-
-    def kept(self, size: int) -> int:
-        """How many of `size` entries stay; at least one."""
-        return max(1, size - round(self.sparsity * size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +27,17 @@ class Placement:
     Args:
         layers: `"all"` or layer numbers from 0. Sites outside the layers (the input, the embeddings' bias) belong to
             `"all"`; the input belongs to every choice.
+        mask, share, gate, drop: compositions; `drop` leaves out the lowest n layers, n drawn from 0 to `drop` at each
+            training step (robust AdapterDrop, arXiv:2010.11918).
     """
 
     method: Method
     sites: tuple[str, ...]
     layers: Literal["all"] | tuple[int, ...] = "all"
     mask: Mask | None = None
+    share: Share | None = None
+    gate: bool = False
+    drop: int = 0
 
     def where(self, sites: SiteMap) -> tuple[Site, ...]:
         """The sites it adapts in this backbone."""
@@ -61,15 +50,52 @@ class Placement:
         """Whether the placement's mask covers this tensor: matrices are pruned, vectors are kept."""
         return self.mask is not None and tensor.trains and len(tensor.shape) > 1
 
+    def declared(self, sites: SiteMap) -> list[tuple[Site, Tensors]]:
+        """What it declares at each site that it adapts, compositions included."""
+        places = [(site, self.method.tensors(site)) for site in self.where(sites)]
+        shared = self.method.shared(tuple(site for site, _ in places))
+        return [
+            (site, composed(own | shared, site, share=self.share, gate=self.gate))
+            for site, own in places
+            if own or shared
+        ]
+
     def tensors(self, sites: SiteMap) -> Iterator[tuple[str, Site, str, Tensor]]:
         """(key, site, name, tensor) for all it declares; shared tensors come once, under their first site."""
         seen = set()
-        for site in self.where(sites):
-            for name, tensor in self.method.tensors(site).items():
+        for site, declared in self.declared(sites):
+            for name, tensor in declared.items():
                 key = tensor_key(site, name, tensor)
                 if key not in seen:
                     seen.add(key)
                     yield key, site, name, tensor
+
+    @property
+    def expands(self) -> bool:
+        """Whether sites see other tensors than those declared."""
+        return self.share is not None or self.drop > 0 or type(self.method).expand is not Method.expand
+
+    def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
+        """What each site sees; see `Method.expand`. With `drop` also `keep`, 0 in the layers left out of this step."""
+        lowest = dropped_below(self.drop, source)
+        rows = shared_values(own, self.share) if self.share is not None else own
+        expanded = [dict(row) for row in self.method.expand(rows, sites, source)]
+        for seen, row, site in zip(expanded, own, sites, strict=True):
+            if self.gate:
+                seen |= {name: row[name] for name in (GATE, f"{GATE}_bias")}
+            if self.drop:
+                one = next(iter(row.values())).new_ones(1)
+                seen["keep"] = one if site.layer >= lowest else one * 0
+        return expanded
+
+    def finish(self, own: list[Own], sites: tuple[Site, ...]) -> None:
+        """Bring the tensors into the form that is kept: scores of shared tensors become the masks they name."""
+        if self.share is not None:
+            for row in own:
+                for name, score in row.items():
+                    if name.startswith("score_"):
+                        score.copy_(top(score, self.share.count(score.numel())))
+        self.method.finish(own, sites)
 
     @cached_property
     def label(self) -> str:
@@ -78,7 +104,9 @@ class Placement:
         places = "" if self.method.sites == frozenset(self.sites) else " " + ",".join(self.sites)
         layers = "" if self.layers == "all" else " " + _ranges(self.layers)
         mask = f" {self.mask.sparsity:.0%} {self.mask.score}-masked" if self.mask else ""
-        return f"{self.method.name}{size}{places}{layers}{mask}"
+        share = f" shared {self.share.kept:.0%}" if self.share else ""
+        more = share + (" gated" if self.gate else "") + (f" drop {self.drop}" if self.drop else "")
+        return f"{self.method.name}{size}{places}{layers}{mask}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +192,12 @@ class Design:
                     errors.append(f'{at}.sites: this {sites.family} has no "{kind}"{nearest(kind, sites.kinds)}')
             reasons = {reason: None for s in p.where(sites) if (reason := p.method.check(s))}
             errors += [f"{at}.{reason}" for reason in list(reasons)[:3]]
+            if p.gate:
+                # The gate reads what the module of a site reads, whose width a kv site does not say.
+                wide = [s for s in p.where(sites) if s.kind == "kv" and s.d_in != sites.d_model]
+                errors += [f"{at}.gate: the queries of this {sites.family} are not as wide as its hidden states"] * (
+                    len(wide) > 0
+                )
         prefixed = [s.path for p in self.placements for s in p.where(sites) if s.kind == "kv"]
         if len(prefixed) > len(set(prefixed)):
             errors.append("placements: two prefixes on one layer; use one of their joint length")
@@ -175,155 +209,27 @@ class Design:
     @classmethod
     def from_json(cls, value: Any, *, where: str = "design") -> Design:
         """A design from what people write. Raises InputError with all that is wrong."""
-        errors: list[str] = []
-        if not isinstance(value, Mapping):
-            raise InputError(where, [f"a design is a table with placements and training, not {value!r}"])
-        _unknown(value, ("placements", "training"), "", errors)
-        rows = value.get("placements", [])
-        if not isinstance(rows, list):
-            raise InputError(where, ["placements: a list of tables was expected"])
-        placements = [_placement(row, f"placements[{i}]", errors) for i, row in enumerate(rows)]
-        training = _training(value.get("training", {}), errors)
-        found = tuple(p for p in placements if p is not None)
-        lone = [p.method.name for p in found if p.method.alone]
-        if lone and len(found) > 1:
-            errors.append(f"placements: {lone[0]} stands alone, it cannot be combined")
-        if errors:
-            raise InputError(where, errors)
-        return cls(placements=found, training=training)
+        from peftscape.spaces.design_file import read_design
+
+        return read_design(value, where)
 
 
 def tensor_key(site: Site, name: str, tensor: Tensor) -> str:
     """The name of a tensor within its placement: sites that share it give the same key."""
     if tensor.scope == "placement":
         return name
+    if tensor.scope == "kind":
+        return f"{site.kind}/{name}"
     if tensor.scope == "layer":
         return f"{site.stack}.{site.layer}/{name}"
     return f"{site.kind}/{site.path}/{name}" if site.path else f"{site.kind}/{name}"
-
-
-def parse_layers(value: Any) -> Literal["all"] | tuple[int, ...]:
-    """`"all"`, `[0, 1, 2]`, `"0-5"` or `"0,2,4-5"`. Raises ValueError."""
-    if value == "all":
-        return "all"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if isinstance(value, str):
-        try:
-            parts = [part.split("-") for part in value.replace(" ", "").split(",")]
-            numbers = [n for low, *high in parts for n in range(int(low), int(high[0] if high else low) + 1)]
-        except ValueError:
-            raise ValueError(f'{value!r} is not "all", a list of numbers, or like "0-5"') from None
-    elif isinstance(value, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-        numbers = list(value)
-    else:
-        raise ValueError(f'{value!r} is not "all", a list of numbers, or like "0-5"')
-    if not numbers:
-        raise ValueError("no layer is named")
-    return tuple(sorted(set(numbers)))
-
-
-def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
-    if not isinstance(row, Mapping) or not isinstance(row.get("method"), str):
-        errors.append(f'{at}: a table with a "method" was expected')
-        return None
-    if row["method"] not in methods():
-        errors.append(f'{at}.method: no method "{row["method"]}"{nearest(row["method"], methods())}')
-        return None
-    kind = methods()[row["method"]]
-    before = len(errors)
-    defaults = kind().knobs()
-    own = {k: v for k, v in row.items() if k not in ("method", "sites", "layers", "mask")}
-    _unknown(own, (*defaults, "sites", "layers", "mask"), f"{at}.", errors)
-    knobs = {k: _knob(v, defaults[k], f"{at}.{k}", errors) for k, v in own.items() if k in defaults}
-    for name, domain in kind.domains().items():
-        value = knobs.get(name)
-        if isinstance(value, str):  # words are checked here; sizes and rates may lie outside what a search tries
-            try:
-                domain.param(name, value)
-            except ValueError as error:
-                errors.append(f"{at}.{name}: {error}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            errors.append(f"{at}.{name}: {value} is not larger than 0")
-    sites = row.get("sites", list(kind.default_sites))
-    sites = [sites] if isinstance(sites, str) else sites
-    if not isinstance(sites, (list, tuple)) or not sites or not all(isinstance(s, str) for s in sites):
-        errors.append(f"{at}.sites: a list of names was expected, not {sites!r}")
-    else:
-        for site in sites:
-            if site not in kind.sites:
-                errors.append(f'{at}.sites: {kind.name} cannot adapt "{site}"{nearest(site, kind.sites)}')
-    layers: Literal["all"] | tuple[int, ...] = "all"
-    try:
-        layers = parse_layers(row.get("layers", "all"))
-    except ValueError as error:
-        errors.append(f"{at}.layers: {error}")
-    mask = _mask(row["mask"], kind, f"{at}.mask", errors) if row.get("mask") is not None else None
-    if len(errors) > before:
-        return None
-    return Placement(method=kind(**knobs), sites=tuple(dict.fromkeys(sites)), layers=layers, mask=mask)
-
-
-def _knob(value: Any, default: Any, at: str, errors: list[str]) -> Any:
-    """The value in the default's type, or an error."""
-    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        errors.append(f"{at}: {type(default).__name__} expected, not {value!r}")
-        return default
-    return value
-
-
-def _mask(row: Any, kind: type[Method], at: str, errors: list[str]) -> Mask | None:
-    if not isinstance(row, Mapping) or "sparsity" not in row:
-        errors.append(f'{at}: a table like {{"sparsity": 0.5, "score": "random"}} was expected')
-        return None
-    _unknown(row, ("sparsity", "score"), f"{at}.", errors)
-    sparsity, score = row["sparsity"], row.get("score", "random")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        errors.append(f"{at}.sparsity: the zeroed fraction, from 0 to below 1, was expected, not {sparsity!r}")
-        return None
-    if score not in SCORES:
-        errors.append(f'{at}.score: no score "{score}"{nearest(str(score), SCORES)}')
-        return None
-    if kind.size_knob is None:
-        errors.append(f"{at}: {kind.name} has no matrix to mask")
-        return None
-    return Mask(sparsity=float(sparsity), score=score) if sparsity > 0 else None
-
-
-def _training(row: Any, errors: list[str]) -> Training:
-    names = tuple(vars(Training()))
-    if not isinstance(row, Mapping):
-        errors.append("training: a table was expected")
-        return Training()
-    _unknown(row, names, "training.", errors)
-    values = {}
-    for name, value in row.items():
-        if name not in names:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and not value):
-            errors.append(
-                f"training.{name}: a number {'above' if name == 'lr' else 'from'} 0 was expected, not {value!r}"
-            )
-        elif name in ("warmup", "decay") and value > 1:
-            errors.append(f"training.{name}: a fraction of the steps was expected, not {value!r}")
-        else:
-            values[name] = float(value)
-    return Training(**values)
-
-
-def _unknown(row: Mapping[str, Any], known: Iterable[str], at: str, errors: list[str]) -> None:
-    errors += [f"{at}{key}: no such key{nearest(key, known)}" for key in row if key not in set(known)]
 
 
 def _placement_json(p: Placement) -> dict[str, Any]:
     knobs = {k: list(v) if isinstance(v, tuple) else v for k, v in p.method.knobs().items()}
     layers = p.layers if p.layers == "all" else list(p.layers)
     row = {"method": p.method.name, "sites": list(p.sites), "layers": layers, **knobs}
-    return row | ({"mask": {"sparsity": p.mask.sparsity, "score": p.mask.score}} if p.mask else {})
+    return row | written(p.mask, p.share, p.gate, p.drop)
 
 
 def _ranges(layers: Iterable[int]) -> str:

@@ -6,12 +6,14 @@ inverse, so that any design can be enqueued. Both walk the same domains.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.design import Design, Mask, Placement, Training
+from peftscape.spaces.compositions import Mask, Share
+from peftscape.spaces.design import Design, Placement, Training
 from peftscape.spaces.knobs import Choice, Domain, Value
 from peftscape.spaces.layers import LayerChoice, Layers
 from peftscape.spaces.methods import methods
@@ -32,6 +34,7 @@ class Option:
         name: how its parameters are called in the study, the method's name where that is unique.
         layers: which layers, or None where the whole space shares one choice.
         mask: (sparsity, score), each a constant or a domain; None for no mask.
+        more: `share` (its kept fraction, 0 for none), `gate` and `drop`, a constant or a domain each.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Option:
     layers: LayerChoice | None
     knobs: Mapping[str, Any]
     mask: tuple[Any, Any] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def suggest(self, trial: optuna.Trial, shared: Layers | None) -> Placement | None:
         """The placement, or None where its size is zero or no layer is on."""
@@ -51,9 +55,11 @@ class Option:
             sparsity = _ask(trial, f"{self.name}.mask.sparsity", self.mask[0])
             if sparsity > 0:
                 mask = Mask(sparsity=sparsity, score=_ask(trial, f"{self.name}.mask.score", self.mask[1]))
+        more = {k: _ask(trial, f"{self.name}.{k}", v) for k, v in self.more.items()}
         if not layers or any(value == 0 for value in knobs.values() if not isinstance(value, bool)):
             return None
-        return Placement(method=methods()[self.method](**knobs), sites=tuple(sites), layers=layers, mask=mask)
+        method = methods()[self.method](**knobs)
+        return Placement(method=method, sites=tuple(sites), layers=layers, mask=mask, **_compositions(more))
 
     def params(self, placement: Placement) -> dict[str, Value]:
         """The parameters that suggest this placement. Raises ValueError where the option cannot give it."""
@@ -65,6 +71,11 @@ class Option:
         found |= _tell(f"{self.name}.sites", self.sites, placement.sites)
         if self.layers is not None:
             found |= self.layers.params(f"{self.name}.layers", placement.layers)
+        share = placement.share.kept if placement.share else 0.0
+        for key, value in (("share", share), ("gate", placement.gate), ("drop", placement.drop)):
+            if key not in self.more and value:
+                raise ValueError(f"{self.name}: this space has no {key} on it")
+            found |= _tell(f"{self.name}.{key}", self.more[key], value) if key in self.more else {}
         if self.mask is None:
             if placement.mask is not None:
                 raise ValueError(f"{self.name}: this space has no masks on it")
@@ -80,7 +91,7 @@ class Option:
             if isinstance(value, Domain) and 0 in value.ends():
                 zero = dict(value.param(f"{self.name}.{knob}", 0))
                 rest = [(k, v) for k, v in self.knobs.items() if k != knob]
-                for name, other in [*rest, ("sites", self.sites)]:
+                for name, other in [*rest, ("sites", self.sites), *self.more.items()]:
                     if isinstance(other, Domain):
                         zero |= other.param(f"{self.name}.{name}", other.ends()[0])
                 return zero
@@ -97,13 +108,19 @@ class Option:
         if self.mask is not None:
             sparsities = self.mask[0].ends() if isinstance(self.mask[0], Domain) else (self.mask[0],)
         layers: tuple[Layers, ...] = self.layers.ends() if self.layers is not None else ("all",)
+        extras: list[dict[str, Any]] = [{}]
+        for key, value in self.more.items():
+            ends = list(value.ends()) if isinstance(value, Domain) else [value]
+            extras = [e | {key: end} for e in extras for end in ends]
         for knobs in variants:
             method = methods()[self.method](**knobs)
             for where in sites:
                 for which in layers:
-                    for s in sparsities:
+                    for s, more in itertools.product(sparsities, extras):
                         mask = Mask(sparsity=s) if s else None
-                        yield Placement(method=method, sites=tuple(where), layers=which, mask=mask)
+                        yield Placement(
+                            method=method, sites=tuple(where), layers=which, mask=mask, **_compositions(more)
+                        )
 
     def count(self) -> float:
         """How many settings."""
@@ -113,7 +130,7 @@ class Option:
             sparsities = self.mask[0].ends() if isinstance(self.mask[0], Choice) else None
             mask = math.inf if sparsities is None else sum(scores if s else 1 for s in sparsities)
         layers = self.layers.count() if self.layers is not None else 1
-        return math.prod(map(_count, self.knobs.values())) * _count(self.sites) * layers * mask
+        return math.prod(map(_count, [*self.knobs.values(), *self.more.values(), self.sites])) * layers * mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +217,7 @@ class Space:
         total = 1.0
         for slot in self.slots:
             total *= sum(_finite(o).count() for o in slot.options) + slot.optional
-        values = [*self.training.values(), *(v for o in options for v in o.knobs.values())]
+        values = [*self.training.values(), *(v for o in options for v in (*o.knobs.values(), *o.more.values()))]
         continuous = sum(math.isinf(_count(v)) for v in values)
         shared = self.layers.count() if self.layers is not None else 1
         return total * shared * math.prod(c for c in map(_count, self.training.values()) if c < math.inf), continuous
@@ -229,10 +246,20 @@ def _tell(name: str, domain: Any, value: Any) -> dict[str, Value]:
     return {}
 
 
+def _compositions(more: Mapping[str, Any]) -> dict[str, Any]:
+    """A placement's compositions from their values: a kept fraction of 0 shares nothing."""
+    share = more.get("share", 0.0)
+    return {**more, "share": Share(kept=share) if share else None}
+
+
 def _count(value: Any) -> float:
     return value.count() if isinstance(value, Domain) else 1
 
 
 def _finite(option: Option) -> Option:
     """The option without its continuous knobs."""
-    return replace(option, knobs={k: v for k, v in option.knobs.items() if not math.isinf(_count(v))})
+
+    def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if not math.isinf(_count(v))}
+
+    return replace(option, knobs=finite(option.knobs), more=finite(option.more))

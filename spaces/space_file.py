@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.design import SCORES, Training
+from peftscape.spaces.compositions import SCORES, read_compositions
+from peftscape.spaces.design import Training
+from peftscape.spaces.design_file import COMMON
 from peftscape.spaces.knobs import Choice, Domain, Range, domain_from_toml
 from peftscape.spaces.layers import WORDS, LayerChoice
 from peftscape.spaces.methods import methods
@@ -15,6 +17,7 @@ from peftscape.spaces.space import Option, Slot, Space
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:
+    from peftscape.spaces.methods.base import Method
     from peftscape.spaces.sites import SiteMap
 
 SPACE_KEYS = ("name", "about", "preset", "layers", "training", "slots")
@@ -90,8 +93,8 @@ class _Reader:
     def _option(self, row: Mapping[str, Any], at: str, name: str, shared: bool) -> Option | None:
         kind = methods()[row["method"]]
         defaults = kind().knobs()
-        own = {k: v for k, v in row.items() if k not in ("method", "sites", "layers", "mask")}
-        self._unknown(own, (*defaults, "method", "sites", "layers", "mask"), f"{at}.")
+        own = {k: v for k, v in row.items() if k not in COMMON}
+        self._unknown(own, (*defaults, *COMMON), f"{at}.")
         knobs = {k: self._value(v, f"{at}.{k}") for k, v in own.items() if k in defaults}
         domains = kind.domains()
         for knob, value in knobs.items():
@@ -110,9 +113,21 @@ class _Reader:
         mask = self._mask(row["mask"], f"{at}.mask") if "mask" in row else None
         if mask is not None and kind.size_knob is None:
             self.errors.append(f"{at}.mask: {kind.name} has no matrix to mask")
+        others = [key for key in ("share", "gate", "drop") if key in row]
+        more = {key: self._composition(row[key], key, kind, f"{at}.{key}") for key in others}
         if sites is None:
             return None
-        return Option(name=name, method=kind.name, sites=sites, layers=layers, knobs=knobs, mask=mask)
+        return Option(name=name, method=kind.name, sites=sites, layers=layers, knobs=knobs, mask=mask, more=more)
+
+    def _composition(self, value: Any, key: str, kind: type[Method], at: str) -> Any:
+        """A constant or a domain; of `share` the kept fraction, 0 for none."""
+        if key == "share":
+            value = value.get("kept", 1.0) if isinstance(value, Mapping) else value
+        value = self._value(value, at)
+        for end in value.ends() if isinstance(value, Domain) else (value,):
+            given = ({"kept": end} if end else None) if key == "share" else end
+            read_compositions({key: given}, kind, at.removesuffix(f".{key}"), self.errors)
+        return value
 
     def _sites(self, value: Any, method: str, known: frozenset[str], at: str) -> Any:
         """A constant or a choice of lists of sites, without what this backbone has not; None if nothing is left."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, dataclass_transform
 
 from peftscape.spaces.knobs import Domain, knob
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
     Array = torch.Tensor
+    Own = dict[str, torch.Tensor]
 
-Init = Literal["zeros", "ones", "kaiming", "normal", "vocabulary"]
-Scope = Literal["site", "layer", "placement"]
+Init = Literal["zeros", "ones", "kaiming", "normal", "vocabulary", "own"]
+Scope = Literal["site", "kind", "layer", "placement"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,17 @@ class Tensor:
     Args:
         shape: without the lane dimension.
         init: `kaiming` is uniform in +-1/sqrt(fan in), as torch's linears and LoRA's A start; `normal` has
-            standard deviation 0.02; `vocabulary` takes rows of the backbone's embedding, drawn by the lane's seed.
-        scope: one for each site, or shared by a layer or by the whole placement (made and counted once).
-        trains: false for fixed random tensors.
-        stored: written to an adapter's file.
+            standard deviation 0.02; `vocabulary` takes rows of the backbone's embedding, drawn by the lane's seed;
+            `own` is made by the method's `start`.
+        scope: one for each site, or shared by the sites of one kind, by a layer or by the whole placement (made and
+            counted once).
+        trains: false for fixed tensors and for what a method remembers between steps.
+        stored: written to an adapter's file; one that is not is made by `init` again when the file is read.
         deployed: needed at inference.
+        rate: a multiple of the lane's learning rate.
+        kept: of a tensor that is sparse when trained, how many entries are not zero: the file holds those alone.
+        binary: zeros and ones when trained (a learned mask): the file holds one bit an entry.
+        integer: positions rather than numbers.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +51,10 @@ class Tensor:
     trains: bool = True
     stored: bool = True
     deployed: bool = True
+    rate: float = 1.0
+    kept: int | None = None
+    binary: bool = False
+    integer: bool = False
 
     @property
     def size(self) -> int:
@@ -56,7 +67,9 @@ Tensors = dict[str, Tensor]
 class Lanes:
     """What `apply` sees of a group of lanes: `p.A` is lanes x shape, `p.alpha` (a number) is lanes x 1 x 1.
 
-    Both are tensors; a name that is neither is a mistake in the method, and says so.
+    Both are tensors; a name that is neither is a mistake in the method, and says so. A method with `needs_weight`
+    finds the frozen `p.weight` (d_out x d_in; a norm's gain) and `p.bias` (None where there is none), without a lane
+    dimension; one with `needs_text` finds `p.text`, a `peftscape.spaces.text.Text`.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -64,6 +77,16 @@ class Lanes:
 
     def __getattr__(self, name: str) -> Array:
         raise AttributeError(f'a method asked for "{name}", which it neither declares as a tensor nor as a knob')
+
+
+class Probe(Protocol):
+    """A lane's look at the training data before its first step, for `prepare`."""
+
+    def squared_gradients(self, count: int) -> list[Array]:
+        """Mean over `count` examples of the loss's squared gradient for each site's frozen weight (true batch 1)."""
+
+    def gradients(self, count: int) -> list[Array]:
+        """The mean gradient of the loss over `count` examples for each site's frozen weight."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(knob,))
@@ -85,6 +108,9 @@ class Method:
     letter: ClassVar[str] = ""
     #: A lone method: nothing else can be in its design.
     alone: ClassVar[bool] = False
+    #: Whether it reads the frozen weights of its sites, or where tokens stand in their texts.
+    needs_weight: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,6 +125,54 @@ class Method:
     def tensors(self, site: Site) -> Tensors:
         """The tensors that adapt one site."""
         raise NotImplementedError
+
+    def shared(self, sites: tuple[Site, ...]) -> Tensors:
+        """Tensors of scope `placement` whose shapes depend on all sites that a placement adapts."""
+        return {}
+
+    def start(self, site: Site, frozen: Mapping[str, Any], source: torch.Generator) -> dict[str, Array]:
+        """The tensors of one site that are declared with `init="own"`, by name.
+
+        Args:
+            frozen: `weight` (d_out x d_in) and `bias` (or None) of the site, in float32 or float64.
+            source: random numbers of the lane's seed and this site; shared tensors are taken from the first site.
+        """
+        raise NotImplementedError
+
+    def prepare(self, own: list[Own], sites: tuple[Site, ...], probe: Probe) -> None:
+        """Before training: set fixed tensors from a pass over the data (Fisher masks and the like), in place."""
+
+    def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
+        """What `apply` gets at each site, from the tensors that a lane holds; differentiable.
+
+        A method whose sites share tensors, draw parts of them at random or make weights of them does it here, once a
+        step. Names may be others than those declared.
+
+        Args:
+            own: for each site its declared tensors by name (with `weight` and `bias` where `needs_weight`), those of
+                one lane; shared ones are in each.
+            source: random numbers of the lane's seed and step while it trains, None in evaluation.
+        """
+        return own
+
+    def penalty(self, own: list[Own]) -> Array | None:
+        """A term added to the lane's loss, from its declared tensors (no expansion); None for no such term."""
+        return None
+
+    def consistency(self) -> float:
+        """The weight of the symmetric KL divergence between two passes that draw anew; 0 for one pass."""
+        return 0.0
+
+    def after_step(self, own: list[Own], step: int, steps: int) -> bool:
+        """After the optimiser's step number `step` (from 1) of `steps`, gradients still there: schedules, in place.
+
+        Returns:
+            whether values were set anew, so that the optimiser forgets its moments.
+        """
+        return False
+
+    def finish(self, own: list[Own], sites: tuple[Site, ...]) -> None:
+        """After the last step: bring the tensors into the form that is kept, in place."""
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         """The adapted output of a site.
@@ -116,8 +190,8 @@ class Method:
         """The adapted input of a site, for methods and sites with `side(site) == "input"`."""
         raise NotImplementedError
 
-    def side(self, site: Site) -> Literal["input", "output"]:
-        """Whether the method changes what the site gives or what it reads."""
+    def side(self, site: Site) -> Literal["input", "output", "both"]:
+        """Whether the method changes what the site gives (`apply`), what it reads (`apply_input`), or both."""
         return "output"
 
     def prefix(self, p: Lanes) -> tuple[Array, Array]:

@@ -1,0 +1,53 @@
+"""Where each token of a lane stands in its text: for methods that read more than one token at a time.
+
+Lanes are packed: a lane's tokens are its texts end to end, and what lies between texts belongs to none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """The texts of a group of lanes; virtual tokens belong to theirs.
+
+    Args:
+        row: lanes x tokens, the number of the token's text within its lane; `texts` where there is none.
+        place: lanes x tokens, from 0 at the text's first token.
+        length: lanes x tokens, of the token's text.
+        texts: texts of a lane.
+    """
+
+    row: Tensor
+    place: Tensor
+    length: Tensor
+    texts: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """lanes x tokens x width to lanes x texts x width."""
+        lanes, _, width = x.shape
+        index = self.row.unsqueeze(-1).expand(-1, -1, width)
+        return x.new_zeros(lanes, self.texts + 1, width).scatter_add(1, index, x)[:, : self.texts]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each text: lanes x tokens x width to lanes x texts x width."""
+        ones = x.new_ones(*self.row.shape, 1)
+        return self.sum(x) / self.sum(ones).clamp(min=1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Each text's row for each of its tokens: lanes x texts x width to lanes x tokens x width; 0 between texts."""
+        lanes, _, width = x.shape
+        padded = x.new_zeros(lanes, self.texts + 1, width).index_copy(
+            1, self.row.new_tensor(range(self.texts)).long(), x
+        )
+        return padded.gather(1, self.row.unsqueeze(-1).expand(-1, -1, width))
+
+    def lanes(self, first: int, count: int) -> Text:
+        """The texts of some neighbouring lanes."""
+        row, place, length = (t.narrow(0, first, count) for t in (self.row, self.place, self.length))
+        return Text(row, place, length, self.texts)
