@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import EncodedSplit, encode_split
-from peftscape.search.lane import new_lane
+from peftscape.search.lane import Lane, new_lane
 from peftscape.search.task import Split
 from peftscape.spaces.words import InputError
 
@@ -98,12 +98,19 @@ class Adapter:
         return self.encoded_logits(encoded, batch_size=batch_size)
 
     @torch.no_grad()
+    def lane(self) -> Lane:
+        """A lane with the adapter's tensors."""
+        lane = new_lane(self.design, seed=0, steps=1, backbone=self.backbone, head=self.head)
+        for key, value in {**lane.params, **lane.fixed}.items():
+            if key not in lane.passing:
+                value.copy_(self.tensors[key])
+        return lane
+
+    @torch.no_grad()
     def encoded_logits(self, split: EncodedSplit, *, batch_size: int = 64) -> NDArray[np.float32]:
         """Examples x outputs for texts that are tokens already."""
         out = np.zeros((len(split), self.card.outputs), dtype=np.float32)
-        lane = new_lane(self.design, seed=0, steps=1, backbone=self.backbone, head=self.head)
-        for key, value in {**lane.params, **lane.fixed}.items():
-            value.copy_(self.tensors[key])
+        lane = self.lane()
         cohort = Cohort(self.backbone, self.head, split, batch_size=batch_size)
         cohort.admit(lane)
         try:

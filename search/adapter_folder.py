@@ -23,17 +23,21 @@ from torch import Tensor
 from peftscape.search.fingerprint import describe
 from peftscape.search.lane import HEAD, declared_tensors
 from peftscape.spaces.design import Design
+from peftscape.spaces.file_size import form
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.head import Head, HeadKind
+    from peftscape.spaces.file_size import Form
 
 SCHEMA = 1
 CARD = "design.json"
 TENSORS: dict[Format, str] = {"peftscape": "adapter.safetensors", "peft": "adapter_model.safetensors"}
 #: What either format writes; the files of the other one go when a folder is written again.
 OWNED = (CARD, *TENSORS.values(), "adapter_config.json", "README.md")
+
+PART_ENDS = (".kept", ".mask", ".index", ".bits")
 
 Format = Literal["peft", "peftscape"]
 Shapes = dict[str, tuple[int, ...]]
@@ -66,7 +70,8 @@ class Card:
 def save(tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: Head, directory: str | Path) -> Path:
     """Write an adapter in peftscape's own format, which holds every design.
 
-    A masked tensor is stored as its kept values and one bit an entry: the file is as small as it claims.
+    A sparse tensor is stored as its kept values and where they lie, a learned mask as bits: the file is as small as
+    it claims.
 
     Args:
         tensors: those of a lane (`Lane.adapter()`), head included.
@@ -77,49 +82,76 @@ def save(tensors: Mapping[str, Tensor], card: Card, backbone: Backbone, head: He
         InputError: the tensors are not those of the design, or hold values that are not finite.
     """
     stored: dict[str, Tensor] = {}
-    shapes, masked = declared(card.design, backbone, head)
+    shapes, forms = declared(card.design, backbone, head)
     check(tensors, shapes, str(directory))
     for key in shapes:
         value = tensors[key].detach().cpu().contiguous()
-        if key in masked:
-            kept = value != 0
-            bits = np.packbits(kept.reshape(-1).numpy())
-            stored |= {f"{key}.kept": value[kept], f"{key}.mask": torch.from_numpy(bits)}
-        else:
-            stored[key] = value
+        kept = value.reshape(-1) != 0
+        match forms[key]:
+            case "dense":
+                stored[key] = value
+            case "integer":
+                stored[key] = value.int()
+            case "binary":
+                stored[f"{key}.bits"] = _bits(kept)
+            case "masked":
+                stored |= {f"{key}.kept": value.reshape(-1)[kept], f"{key}.mask": _bits(kept)}
+            case "indexed":
+                stored |= {f"{key}.kept": value.reshape(-1)[kept], f"{key}.index": kept.nonzero()[:, 0].int()}
     return write(directory, "peftscape", stored, card, backbone, {})
+
+
+def _bits(flags: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(flags.numpy()))
 
 
 def unpack(
     stored: Mapping[str, Tensor], design: Design, backbone: Backbone, head: Head, where: str
 ) -> dict[str, Tensor]:
     """The tensors of a lane from those that `save` stored. Raises InputError with all that does not fit."""
-    shapes, masked = declared(design, backbone, head)
-    tensors = {key: value for key, value in stored.items() if not key.endswith((".kept", ".mask"))}
-    for key in masked:
-        values, bits = stored.get(f"{key}.kept"), stored.get(f"{key}.mask")
-        if values is None or bits is None:
-            continue  # said below: it is missing
-        size = int(np.prod(shapes[key]))
-        if bits.dtype != torch.uint8 or bits.numel() != -(-size // 8):
-            raise InputError(where, [f"{key}.mask: {-(-size // 8)} bytes of bits were expected"])
-        kept = torch.from_numpy(np.unpackbits(bits.numpy(), count=size)).bool()
-        if int(kept.sum()) != values.numel():
-            raise InputError(where, [f"{key}.kept: {int(kept.sum())} values were expected, as many as bits"])
-        tensors[key] = torch.zeros(size, dtype=values.dtype).masked_scatter(kept, values).view(shapes[key])
+    shapes, forms = declared(design, backbone, head)
+    tensors = {key: value for key, value in stored.items() if not key.endswith(PART_ENDS)}
+    for key, how in forms.items():
+        if how == "integer" and key in tensors:
+            tensors[key] = tensors[key].long()
+        if how in ("dense", "integer"):
+            continue
+        ends = {"binary": (".bits",), "masked": (".kept", ".mask"), "indexed": (".kept", ".index")}[how]
+        found = [stored[f"{key}{end}"] for end in ends if f"{key}{end}" in stored]
+        if len(found) == len(ends):  # otherwise it is said below: it is missing
+            tensors[key] = _unpacked(key, found, shapes[key], where, indexed=how == "indexed")
     check(tensors, shapes, where)
     return tensors
 
 
-def declared(design: Design, backbone: Backbone, head: Head) -> tuple[Shapes, set[str]]:
-    """The shapes of a lane's tensors by key, and which of them are masked."""
-    masked = set()
+def _unpacked(key: str, found: list[Tensor], shape: tuple[int, ...], where: str, *, indexed: bool) -> Tensor:
+    """A sparse tensor or a mask from its parts, the last of which says where its entries lie."""
+    size, places = int(np.prod(shape)), found[-1]
+    if indexed:
+        inside = places.dtype == torch.int32 and bool(((places >= 0) & (places < size)).all())
+        if not inside:
+            raise InputError(where, [f"{key}.index: places below {size:,} were expected"])
+        kept = torch.zeros(size, dtype=torch.bool).index_fill(0, places.long(), True)
+    else:
+        if places.dtype != torch.uint8 or places.numel() != -(-size // 8):
+            raise InputError(where, [f"{key}: {-(-size // 8)} bytes of bits were expected"])
+        kept = torch.from_numpy(np.unpackbits(places.numpy(), count=size)).bool()
+    if len(found) == 1:
+        return kept.float().view(shape)
+    if int(kept.sum()) != found[0].numel():
+        raise InputError(where, [f"{key}.kept: {int(kept.sum())} values were expected, as many as places"])
+    return torch.zeros(size, dtype=found[0].dtype).masked_scatter(kept, found[0]).view(shape)
+
+
+def declared(design: Design, backbone: Backbone, head: Head) -> tuple[Shapes, dict[str, Form]]:
+    """The shapes of a lane's stored tensors by key, and how each lies in the file."""
+    forms: dict[str, Form] = {}
     shapes: Shapes = {}
     for key, placement, tensor in declared_tensors(design, backbone):
-        shapes[key] = tensor.shape
-        if placement.maskable(tensor):
-            masked.add(key)
-    return shapes | {f"{HEAD}/{name}": shape for name, shape in head.shapes.items()}, masked
+        if tensor.stored:
+            shapes[key], forms[key] = tensor.shape, form(placement, tensor)
+    on_top = {f"{HEAD}/{name}": shape for name, shape in head.shapes.items()}
+    return shapes | on_top, forms | dict.fromkeys(on_top, "dense")
 
 
 def check(tensors: Mapping[str, Tensor], shapes: Shapes, where: str) -> None:
@@ -130,7 +162,7 @@ def check(tensors: Mapping[str, Tensor], shapes: Shapes, where: str) -> None:
         value = tensors[key]
         if tuple(value.shape) != shapes[key]:
             errors.append(f"{key}: {_by(tuple(value.shape))}, {_by(shapes[key])} was expected")
-        elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        elif value.dtype in (torch.bool, torch.uint8) or not bool(torch.isfinite(value).all()):
             errors.append(f"{key}: finite numbers were expected")
     if errors:
         raise InputError(where, errors)

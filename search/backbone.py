@@ -73,9 +73,12 @@ class Backbone:
     def frozen(self, site: Site) -> dict[str, Any]:
         """The frozen `weight` (d_out x d_in; a norm's gain) and `bias` (or None) of a linear or a norm.
 
-        A norm has `normalise` too: its input normalised, before gain and bias.
+        A norm has `normalise` too, its input normalised, before gain and bias, and `norm`, all of it. A module that is
+        no linear and no norm has nothing.
         """
         module: Any = self.model.get_submodule(site.path)
+        if not hasattr(module, "weight"):
+            return {}
         weight, bias = module.weight.detach(), getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
         if site.transposed:
@@ -83,7 +86,7 @@ class Backbone:
         if site.span is not None:
             weight, bias = weight[slice(*site.span)], None if bias is None else bias[slice(*site.span)]
         found: dict[str, Any] = {"weight": weight, "bias": None if bias is None else bias.detach()}
-        return found | ({"normalise": _normalise(module)} if site.kind == "norm" else {})
+        return found | ({"normalise": normaliser(module), "norm": module.forward} if site.kind == "norm" else {})
 
     @classmethod
     def load(
@@ -155,7 +158,7 @@ class Backbone:
         self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
 
 
-def _normalise(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def normaliser(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm without its gain and bias, in float32 or wider as transformers' are."""
     epsilon = float(next(getattr(norm, name) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name)))
     centred = isinstance(norm, nn.LayerNorm)

@@ -40,6 +40,7 @@ class Lane:
         params: trained tensors by key, `0/q/<path>/A` or `head/<name>`; float32 (float64 on a float64 backbone).
         fixed: declared tensors that do not train.
         masks: of masked tensors; gradients outside are dropped, values there are zero.
+        passing: names of fixed tensors that no file keeps.
         sites, own, seen: for each placement its sites; at each what the lane holds by name (one tensor under several
             names or sites where it is shared); and what the site sees of it, which `unfold` makes.
     """
@@ -54,6 +55,7 @@ class Lane:
     sites: list[tuple[Site, ...]]
     own: list[list[Own]]
     seen: list[list[Own]]
+    passing: set[str] = field(default_factory=set)
     name: str = ""
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -127,7 +129,8 @@ class Lane:
 
     def adapter(self) -> dict[str, Tensor]:
         """The tensors to keep, head included, detached."""
-        return {key: value.detach().clone() for key, value in {**self.fixed, **self.params}.items()}
+        held = {**self.fixed, **self.params}
+        return {key: value.detach().clone() for key, value in held.items() if key not in self.passing}
 
 
 def new_lane(
@@ -141,7 +144,7 @@ def new_lane(
     masked: bool = True,
 ) -> Lane:
     """A lane at its start: tensors drawn by its seed, masks by their scores (those from data later, by `prepare`)."""
-    lane = Lane(design, seed, steps, {}, {}, {}, None, [], [], [], name)  # type: ignore[arg-type]
+    lane = Lane(design, seed, steps, {}, {}, {}, None, [], [], [], name=name)  # type: ignore[arg-type]
     rates: dict[float, list[Tensor]] = {1.0: []}
     for i, placement in enumerate(design.placements):
         made = placement.declared(backbone.sites)
@@ -184,6 +187,8 @@ def _hold(
             lane.masks[key] = mask.to(backbone.device)
         value = value.to(backbone.device)
         (lane.params if tensor.trains else lane.fixed)[key] = value
+        if not tensor.stored:
+            lane.passing.add(key)
         if tensor.trains:
             rates.setdefault(tensor.rate, []).append(value.requires_grad_())
     held = {**lane.params, **lane.fixed}
@@ -209,8 +214,9 @@ def draw(declared: Declared, source: torch.Generator, backbone: Backbone) -> Ten
     shape = declared.shape
     if declared.init == "ones":
         return torch.ones(shape)
-    if declared.init == "kaiming":
-        return torch.empty(shape).uniform_(-1, 1, generator=source) / math.sqrt(shape[-1])
+    if declared.init in ("kaiming", "he"):
+        size = shape[-1] / 6 if declared.init == "he" else shape[-1]
+        return torch.empty(shape).uniform_(-1, 1, generator=source) / math.sqrt(size)
     if declared.init == "normal":
         return torch.empty(shape).normal_(0, 0.02, generator=source)
     if declared.init == "vocabulary":

@@ -15,7 +15,7 @@ import numpy as np
 from peftscape.analysis.front import front
 from peftscape.search.adapter_folder import save
 from peftscape.search.lane import Lane, new_lane
-from peftscape.search.masks import snip
+from peftscape.search.prepare import prepare
 from peftscape.search.progress import show
 from peftscape.search.session import Session, adapter_card, design_costs
 from peftscape.spaces.presets import textbook
@@ -103,7 +103,7 @@ class Loop:
                     head=session.head,
                     name=str(trial.trial.number),
                 )
-                snip(lane, self.cohort)
+                prepare(lane, self.cohort)
                 trial.lanes.append(lane)
             if trial.design.solo:
                 self._train_alone(trial)

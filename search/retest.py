@@ -13,9 +13,10 @@ import numpy as np
 
 from peftscape.analysis.noise import candidates
 from peftscape.search.lane import Lane, new_lane
-from peftscape.search.masks import snip
+from peftscape.search.prepare import prepare
 from peftscape.search.progress import show
 from peftscape.spaces.design import Design
+from peftscape.spaces.outcomes import pack
 
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
@@ -51,7 +52,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                     break  # it needs the backbone for itself
                 del jobs[0]
                 lane = new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
-                snip(lane, cohort)
+                prepare(lane, cohort)
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
                 cohort.admit(lane)
@@ -108,6 +109,7 @@ def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Coho
         )
         if not np.isfinite([validation, test]).all():
             continue
+        each = metric.per_example(second, data.test.targets)
         storage.add_retest(
             test,
             {
@@ -117,5 +119,6 @@ def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Coho
                 "test": test,
                 "n_test": len(data.test.targets),
                 "wall_s": r.lane.wall_s,
+                "outcomes": None if each is None else pack(each),
             },
         )

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from peftscape.search.adapter_folder import save
 from peftscape.search.lane import new_lane
-from peftscape.search.masks import snip
+from peftscape.search.prepare import prepare
 from peftscape.search.session import adapter_card, design_costs, open_session
 from peftscape.spaces.words import InputError
 
@@ -53,7 +53,7 @@ def train_design(
     ]
     cohort = session.cohort()
     for lane in lanes:
-        snip(lane, cohort)
+        prepare(lane, cohort)
     # A design that needs the backbone for itself trains seed by seed, all others train together.
     for together in [[lane] for lane in lanes] if design.solo else [lanes]:
         cohort.admit(*together)

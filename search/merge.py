@@ -1,0 +1,147 @@
+"""Fold an adapter into the backbone's weights, so that nothing is left to compute beside them.
+
+A method that merges says so and writes nothing for it: its change of a linear is read off the module's output for
+unit vectors, and that of a norm off two inputs of opposite sign.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftscape.search.forward import Forward
+from peftscape.spaces.words import InputError
+
+if TYPE_CHECKING:
+    from peftscape.search.adapter import Adapter
+    from peftscape.search.backbone import Backbone
+    from peftscape.search.lane import Lane
+    from peftscape.spaces.design import Placement
+
+
+def unmergeable(placement: Placement) -> str | None:
+    """Why a placement does not fold into weights; None if it does."""
+    if not placement.method.merges:
+        return f"{placement.method.name} computes what no weight of the backbone can"
+    return f"the gate on {placement.method.name} depends on the text" if placement.gate else None
+
+
+@torch.no_grad()
+def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
+    """The backbone's parameters that a lane changes, by their names in the model's state dict.
+
+    Raises:
+        InputError: with every placement that does not fold into weights.
+    """
+    if errors := [reason for p in lane.design.placements if (reason := unmergeable(p))]:
+        raise InputError("merge", errors)
+    if lane.design.solo:
+        return _all_weights(lane, backbone)
+    lane.unfold(training=False)
+    found: dict[str, Tensor] = {}
+    norms = {site.path for site in backbone.sites.sites if site.kind == "norm"}
+    forward = Forward(backbone)
+    for path in dict.fromkeys(site.path for sites in lane.sites for site in sites):
+        module = backbone.model.get_submodule(path)
+        inputs = _opposites(module) if path in norms else _units(module, backbone)
+        before = module(inputs)[0]
+        forward.arrange([lane])
+        # The hooks adapt what they take for one lane with as many tokens as there are inputs.
+        backbone.attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]))  # type: ignore[assignment]
+        try:
+            change = module(inputs)[0] - before
+        finally:
+            backbone.attending.batch = None
+            forward.arrange([])
+        found |= {f"{path}.{name}": value for name, value in _changed(module, change, inputs, path in norms).items()}
+    return found
+
+
+def _units(module: Any, backbone: Backbone) -> Tensor:
+    """1 x (d_in + 1) x d_in: the unit vectors, and zero for the bias."""
+    rows, columns = module.weight.shape
+    d_in = columns if isinstance(module, nn.Linear) else rows
+    weight = module.weight
+    return torch.cat([torch.eye(d_in), torch.zeros(1, d_in)]).to(weight.device, backbone.dtype).unsqueeze(0)
+
+
+def _opposites(module: Any) -> Tensor:
+    """1 x 2 x d: a vector without zeros once it is normalised, and its opposite."""
+    one = torch.ones_like(module.weight)
+    one[1::2] = -1
+    return torch.stack([one, -one]).unsqueeze(0)
+
+
+def _changed(module: Any, change: Tensor, inputs: Tensor, norm: bool) -> dict[str, Tensor]:
+    """The module's parameters after the change of its output for these inputs."""
+    if norm:
+        bias = (change[0] + change[1]) / 2
+        gain = module.weight.new_zeros(module.weight.shape) if not change.any() else _gain(module, change, inputs)
+        changes = {"weight": gain, "bias": bias}
+    else:
+        bias = change[-1]
+        weight = change[:-1] - bias
+        changes = {"weight": weight.T if isinstance(module, nn.Linear) else weight, "bias": bias}
+    if getattr(module, "bias", None) is None:
+        if bool(bias.any()):
+            raise InputError("merge", [f"a {type(module).__name__} without a bias cannot take one"])
+        del changes["bias"]
+    return {name: getattr(module, name).detach() + value for name, value in changes.items()}
+
+
+def _gain(module: Any, change: Tensor, inputs: Tensor) -> Tensor:
+    """Half the difference of opposite inputs is normalised input times gain."""
+    from peftscape.search.backbone import normaliser
+
+    normal = normaliser(module)(inputs)[0, 0]
+    return (change[0] - change[1]) / 2 / normal
+
+
+def _all_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
+    """Of a lane that trains them all."""
+    delta, found, start = lane.own[0][0]["delta"].to(backbone.dtype), {}, 0
+    for name, weight in backbone.model.named_parameters():
+        found[name] = weight.detach() + delta[start : start + weight.numel()].view(weight.shape)
+        start += weight.numel()
+    return found
+
+
+def export_merged(adapter: Adapter, directory: str | Path) -> Path:
+    """Write a whole transformers model, the adapter folded in: `AutoModelForSequenceClassification` reads it.
+
+    Raises:
+        InputError: a placement does not fold in, or the head is none of transformers'.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if adapter.card.head != "class":
+        raise InputError(
+            "merge", [f'head = "{adapter.card.head}" is no head of transformers; train with head = "class"']
+        )
+    changed = merged_weights(adapter.lane(), adapter.backbone)
+    config = type(adapter.backbone.config).from_dict(adapter.backbone.config.to_dict())
+    config._attn_implementation = "eager"
+    config.num_labels = adapter.card.outputs
+    if adapter.labels:
+        config.id2label = dict(enumerate(adapter.labels))
+        config.label2id = {label: i for i, label in enumerate(adapter.labels)}
+    model = AutoModelForSequenceClassification.from_config(config)
+    prefix = adapter.backbone.sites.prefix
+    base = {**adapter.backbone.model.state_dict(), **changed}
+    state = {f"{prefix}.{name}": value for name, value in base.items()}
+    state |= {key.removeprefix("head/"): value for key, value in adapter.tensors.items() if key.startswith("head/")}
+    known = model.state_dict().keys()
+    state = {name: value for name, value in state.items() if name in known}
+    if missing := sorted(known - state.keys()):
+        raise InputError(
+            "merge", [f"{type(model).__name__} has weights that the adapter lacks: {', '.join(missing[:3])}"]
+        )
+    model.load_state_dict(state)
+    model.to(adapter.backbone.dtype).save_pretrained(str(directory))
+    if adapter.backbone.tokenizer is not None:
+        adapter.backbone.tokenizer.save_pretrained(str(directory))
+    return Path(directory)

@@ -1,0 +1,93 @@
+"""What a lane needs from the data before its first step: masks by gradients, and what its methods prepare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftscape.search.masks import snip
+from peftscape.spaces.methods.base import Method
+
+if TYPE_CHECKING:
+    from peftscape.search.cohort import Cohort
+    from peftscape.search.lane import Lane
+    from peftscape.spaces.sites import Site
+
+
+def prepare(lane: Lane, cohort: Cohort) -> None:
+    """Bring a new lane to its start. It runs alone, so that nothing depends on the cohort's other lanes."""
+    snip(lane, cohort)
+    for placement, own, sites in zip(lane.design.placements, lane.own, lane.sites, strict=True):
+        if type(placement.method).prepare is Method.prepare:
+            continue
+        with _alone(lane, cohort):
+            placement.method.prepare(own, sites, _Look(lane, cohort, sites))
+
+
+@contextmanager
+def _alone(lane: Lane, cohort: Cohort) -> Iterator[None]:
+    others = list(cohort.lanes)
+    cohort.retire(*others)
+    cohort.admit(lane)
+    try:
+        yield
+    finally:
+        cohort.retire(lane)
+        cohort.admit(*others)
+        lane.optimizer.zero_grad()
+
+
+class _Look:
+    """A `Probe`: gradients of the frozen weights of some sites at the lane's start, an example at a time."""
+
+    def __init__(self, lane: Lane, cohort: Cohort, sites: tuple[Site, ...]) -> None:
+        self.lane, self.cohort, self.sites = lane, cohort, sites
+
+    def squared_gradients(self, count: int) -> list[Tensor]:
+        """See `Probe`."""
+        total: list[Tensor] = []
+        for gradients in self._each(count):
+            squares = [g.square() for g in gradients]
+            total = [t + s for t, s in zip(total, squares, strict=True)] if total else squares
+        return [t / self._count(count) for t in total]
+
+    def gradients(self, count: int) -> list[Tensor]:
+        """See `Probe`."""
+        total: list[Tensor] = []
+        for gradients in self._each(count):
+            total = [t + g for t, g in zip(total, gradients, strict=True)] if total else gradients
+        return [t / self._count(count) for t in total]
+
+    def _count(self, count: int) -> int:
+        return min(count, len(self.cohort.train.ids))
+
+    def _each(self, count: int) -> Iterator[list[Tensor]]:
+        """For each of the lane's first examples the gradient of every site's weight, d_out x d_in."""
+        backbone = self.cohort.backbone
+        modules: list[Any] = [backbone.model.get_submodule(site.path) for site in self.sites]
+        weights = list({id(m.weight): m.weight for m in modules}.values())
+        order = self.lane.examples(self._count(count), len(self.cohort.train.ids))
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                for i in range(len(order)):
+                    self.cohort.losses([order[i : i + 1]]).sum().backward()  # type: ignore[no-untyped-call]
+                    yield [_gradient(m, site) for m, site in zip(modules, self.sites, strict=True)]
+                    for weight in weights:
+                        weight.grad = None
+                    self.lane.optimizer.zero_grad()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+                weight.grad = None
+
+
+def _gradient(module: Any, site: Site) -> Tensor:
+    gradient: Tensor = module.weight.grad
+    gradient = (gradient.T if site.transposed else gradient).float()
+    return (gradient[slice(*site.span)] if site.span else gradient).clone()

@@ -1,0 +1,79 @@
+"""Diff pruning: a sparse change of the weights under a relaxed L0 penalty (Guo et al. 2021, arXiv:2012.07463)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from peftscape.spaces.knobs import knob, log_uniform
+from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.lt_sft import LTSFT
+from peftscape.spaces.ops import weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from peftscape.spaces.methods.base import Array, Own
+    from peftscape.spaces.sites import Site
+
+#: The stretched interval of the hard-concrete gate, and where log alpha starts (app. A.1).
+LOW, HIGH, START = -1.5, 1.5, 5.0
+
+
+class DiffPruning(LTSFT):
+    """(W + z * w) x, z hard-concrete with a location log alpha a weight: z = clip(sigmoid(log u - log(1-u) + log
+    alpha)(h - l) + l, 0, 1), u ~ U(0, 1), (l, h) = (-1.5, 1.5); the loss gains `penalty_weight` times the mean of
+    P(z > 0) = sigmoid(log alpha - log(-l / h)) (eq. 4 to 6).
+
+    After `first_phase` of the steps the k largest |z * w| stay, z taken without noise, and are fine-tuned with z = 1
+    (sec. 3.2); the optimiser starts anew. The penalty is a mean rather than a sum, so that one weight of it suits
+    backbones of all sizes. Evaluation has no noise. w = 0 at the start.
+    """
+
+    name, category, execution = "diff_pruning", "partial", "rewritten"
+
+    density: float = knob(log_uniform(2e-3, 0.2), default=0.005)
+    penalty_weight: float = knob(log_uniform(1e-2, 10), default=0.5)
+
+    def shared(self, sites: tuple[Site, ...]) -> Tensors:
+        size = weights.total(sites)
+        # What is read from a file has w = 0 where nothing was kept, and alpha's start has z = 1 without noise.
+        return super().shared(sites) | {
+            "alpha": Tensor((size,), init="zeros", scope="placement", stored=False, deployed=False)
+        }
+
+    def penalty(self, own: list[Own]) -> Array | None:
+        import torch
+
+        row = own[0]
+        open_gates = torch.sigmoid(row["alpha"] + START - math.log(-LOW / HIGH)).mean()
+        return self.penalty_weight * open_gates * (row["chosen"].min() > 0)
+
+    def after_step(self, own: list[Own], step: int, steps: int) -> bool:
+        if step != round(self.first_phase * steps):
+            return False
+        delta, chosen, alpha = (own[0][name] for name in ("delta", "chosen", "alpha"))
+        delta.mul_(_gate(alpha, None))
+        index = weights.largest([delta.abs()], self._kept(len(delta)))
+        chosen.zero_()[index] = 1
+        delta.mul_(chosen)
+        return True
+
+    def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
+        delta, chosen, alpha = (own[0][name] for name in ("delta", "chosen", "alpha"))
+        relaxed = bool(chosen.min() > 0)
+        value = _gate(alpha, source) * delta if relaxed else chosen * delta
+        return [{"delta": part} for part in weights.split(value, sites)]
+
+
+def _gate(alpha: Any, source: torch.Generator | None) -> Any:
+    """The hard-concrete gate; `alpha` is counted from its start, so that it may begin at zero."""
+    import torch
+
+    location = alpha + START
+    if source is not None:
+        u = torch.rand(alpha.shape, generator=source).clamp(1e-6, 1 - 1e-6).to(alpha)
+        location = location + torch.log(u) - torch.log1p(-u)
+    return (torch.sigmoid(location) * (HIGH - LOW) + LOW).clamp(0, 1)
