@@ -23,10 +23,13 @@ from peftscape.spaces.record import Failure
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.head import Head
+    from peftscape.search.states import StateCache
     from peftscape.search.task import EncodedSplit
 
 # Evaluation has no backward to keep activations for; this many sequences at once keep two cores busy.
 EVALUATION_ROWS = 512
+# What a pass through a layer costs besides its tokens, in tokens: small products run at a lower rate.
+PASS_TOKENS = 256
 
 
 class Cohort:
@@ -36,6 +39,7 @@ class Cohort:
         backbone, head: shared by all lanes; nothing of them changes.
         train: the examples lanes learn from.
         batch_size: examples of a lane in a step, the same for all lanes.
+        cache: of hidden states; with it, lanes run from their lowest adapted layer on.
     """
 
     def __init__(
@@ -46,11 +50,13 @@ class Cohort:
         *,
         batch_size: int,
         regression: bool = False,
+        cache: StateCache | None = None,
     ) -> None:
         self.backbone, self.head, self.train = backbone, head, train
         self.batch_size, self.regression = batch_size, regression
         self.lanes: list[Lane] = []
         self.forward = Forward(backbone)
+        self.cache = cache
 
     def admit(self, *lanes: Lane) -> None:
         """Take lanes in."""
@@ -65,7 +71,7 @@ class Cohort:
         """Train every lane for one step; its loss in the order of `lanes`. A lane whose loss is not finite fails."""
         everyone = self.lanes
         losses: dict[int, float] = {}
-        parts = _alike(everyone)
+        parts = self._passes(everyone)
         for part in parts:
             if len(parts) > 1:
                 self._arrange(part)
@@ -134,11 +140,15 @@ class Cohort:
             self.backbone.sites,
             padded=not self.backbone.sites.attention_interface,
         ).to(self.backbone.device)
+        start, given = 0, None
+        if self.cache is not None:
+            start = min(map(self.cache.start, self.lanes))
+            given = self.cache.states(self.forward, batch, split, examples, start)
         names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
         params = {key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names}
 
         def run() -> Tensor:
-            states = self.forward.states(batch)
+            states = self.forward.states(batch, start, given)
             # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
             return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
 
@@ -149,7 +159,7 @@ class Cohort:
         everyone, chosen = self.lanes, lanes or tuple(self.lanes)
         found: dict[int, np.ndarray[Any, Any]] = {}
         try:
-            for part in _alike(chosen):
+            for part in self._passes(chosen):
                 self._arrange(part)
                 found |= dict(zip(map(id, self.lanes), self._predict(split), strict=True))
         finally:
@@ -170,6 +180,18 @@ class Cohort:
         """Take all hooks off the backbone."""
         self._arrange([])
 
+    def _passes(self, lanes: Sequence[Lane]) -> list[list[Lane]]:
+        """Which lanes run together; with a cache, those that begin at higher layers may go by themselves."""
+        parts = _alike(lanes)
+        if self.cache is None:
+            return parts
+        tokens = self.batch_size * float(self.train.lengths.mean())
+        return [
+            piece
+            for part in parts
+            for piece in by_start(part, [self.cache.start(lane) for lane in part], self.backbone.sites.layers, tokens)
+        ]
+
     def _arrange(self, lanes: list[Lane]) -> None:
         """Set the cohort's lanes: like designs side by side, so that most groups are views."""
         self.lanes = sorted(lanes, key=lambda lane: lane.design.label)
@@ -185,6 +207,26 @@ def _alike(lanes: Sequence[Lane]) -> list[list[Lane]]:
     for lane in lanes:
         parts.setdefault((lane.design.prompt_length().bit_length(), lane.consistency > 0), []).append(lane)
     return list(parts.values())
+
+
+def by_start(lanes: Sequence[Lane], starts: Sequence[int], layers: int, tokens: float) -> list[list[Lane]]:
+    """Cut lanes, by the layer they begin with, into passes of the least work.
+
+    A pass runs from its lowest start on, and costs (layers - start) * (its tokens + what a pass costs by itself).
+    """
+    order = sorted(range(len(lanes)), key=lambda i: starts[i])
+    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n lanes: the least work, and where the last pass begins
+    for n in range(1, len(order) + 1):
+        best.append(
+            min((best[m][0] + (layers - starts[order[m]]) * ((n - m) * tokens + PASS_TOKENS), m) for m in range(n))
+        )
+    passes: list[list[Lane]] = []
+    end = len(order)
+    while end:
+        begin = best[end][1]
+        passes.insert(0, [lanes[i] for i in order[begin:end]])
+        end = begin
+    return passes
 
 
 def _divergence(one: Tensor, other: Tensor) -> Tensor:

@@ -39,9 +39,27 @@ class Forward:
         self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
+        self._blocks = [site.path for site in backbone.sites.sites if site.kind == "block"]
 
-    def states(self, batch: Batch) -> Tensor:
-        """The last hidden states of all tokens, flat."""
+    def states(self, batch: Batch, start: int = 0, given: Tensor | None = None) -> Tensor:
+        """The last hidden states of all tokens, flat.
+
+        Args:
+            start, given: the layer to begin with and the states that enter it; the layers below do not run.
+        """
+        if given is None:
+            return self.model_states(batch)
+        skipped = [self.backbone.model.get_submodule(path) for path in self._blocks[:start]]
+        try:
+            for module in skipped:
+                module.forward = lambda *args, **kwargs: given
+            return self.model_states(batch)
+        finally:
+            for module in skipped:
+                del module.forward
+
+    def model_states(self, batch: Batch) -> Tensor:
+        """The last hidden states of all tokens, flat, with all layers run that are not replaced."""
         model, attending = self.backbone.model, self.backbone.attending
         inputs: dict[str, Any] = {"position_ids": batch.positions}
         if batch.types is not None:

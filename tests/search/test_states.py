@@ -1,0 +1,122 @@
+"""Hidden states that are kept: lanes train as without, whatever their layers, neighbours and the limits are."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract import BATCH, CONFIGS, SITES, STEPS, backbone, head, lane, split
+
+from peftscape.search.cohort import PASS_TOKENS, Cohort, by_start
+from peftscape.search.lane import Lane
+from peftscape.search.states import StateCache
+from peftscape.spaces.design import Design
+
+LAYERS = 2
+
+
+def designs(family: str) -> list[Design]:
+    """On both layers, on the upper one, on none; with a prefix that moves the text, and one that does not."""
+    rows: list[list[dict[str, Any]]] = [
+        [],
+        [{"method": "lora", "rank": 3}],
+        [{"method": "lora", "rank": 2, "layers": [1]}],
+        [{"method": "sequential_adapter", "size": 4, "layers": [1]}],
+        [{"method": "prefix_tuning", "length": 3, "layers": [1], "positions": "keep"}],
+        [{"method": "prefix_tuning", "length": 3, "layers": [1], "positions": "shift"}],
+        [{"method": "prompt_tuning", "length": 2}],
+    ]
+    found = [Design.from_json({"placements": row, "training": {"lr": 1e-2}}) for row in rows]
+    return [d for d in found if not d.check(SITES[family])]
+
+
+def run(family: str, cache: StateCache | None, which: slice = slice(None)) -> tuple[list[Lane], np.ndarray[Any, Any]]:
+    base, on_top = backbone(family, "float64"), head(family, "float64")
+    shared = Cohort(base, on_top, split(), batch_size=BATCH, cache=cache)
+    lanes = [lane(design, seed, family) for seed, design in enumerate(designs(family)[which])]
+    shared.admit(*lanes)
+    for _ in range(STEPS):
+        shared.step()
+    predicted = shared.predict(split(), *lanes)
+    shared.close()
+    return lanes, predicted
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("limits", [{}, {"memory_limit": 0}, {"memory_limit": 0, "disk_limit": 0}])
+def test_lanes_train_as_if_nothing_were_kept(family: str, limits: dict[str, int]) -> None:
+    cache = StateCache(backbone(family, "float64"), **limits)
+    kept, found = run(family, cache)
+    plain, wanted = run(family, None)
+    for one, other in zip(kept, plain, strict=True):
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-9, err_msg=one.design.label)
+    np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-10)
+    assert (cache.hits > 0) == (limits.get("disk_limit") != 0)
+
+
+def test_what_is_kept_is_not_computed_again() -> None:
+    """Each example is one miss at each of the two layers that lanes begin with, and no more."""
+    cache = StateCache(backbone("bert", "float64"))
+    run("bert", cache, slice(0, 3, 2))  # the head alone, and the upper layer
+    assert cache.misses == 2 * len(split())
+
+
+def test_the_layers_below_are_not_run() -> None:
+    base = backbone("bert", "float64")
+    cache = StateCache(base)
+    shared = Cohort(base, head("bert", "float64"), split(), batch_size=BATCH, cache=cache)
+    own = lane(designs("bert")[2], 0, "bert")
+    shared.admit(own)
+    shared.predict(split())  # all states are there now
+    calls: list[int] = []
+    hooks = [
+        base.model.get_submodule(f"encoder.layer.{n}.attention.self.query").register_forward_hook(
+            lambda *_, n=n: calls.append(n)
+        )
+        for n in range(LAYERS)
+    ]
+    shared.step()
+    for hook in hooks:
+        hook.remove()
+    shared.close()
+    assert calls == [1]
+
+
+def test_a_step_that_fails_leaves_the_model_whole() -> None:
+    base = backbone("bert", "float64")
+    shared = Cohort(base, head("bert", "float64"), split(), batch_size=BATCH, cache=StateCache(base))
+    own = lane(designs("bert")[2], 0, "bert")
+    shared.admit(own)
+    before = torch.tensor(shared.predict(split()))
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    hook = base.model.get_submodule("encoder.layer.1").register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        shared.step()
+    hook.remove()
+    assert torch.equal(torch.tensor(shared.predict(split())), before)
+    shared.close()
+
+
+def test_passes_are_cut_where_that_is_the_least_work() -> None:
+    """Against all ways to give lanes to passes."""
+    random = np.random.default_rng(0)
+    lanes: list[Any] = list("abcde")
+    for _ in range(200):
+        layers, tokens = int(random.integers(1, 12)), float(random.choice([10, 300, 4000]))
+        starts = random.integers(0, layers + 1, size=5).tolist()
+
+        def work(passes: list[list[int]], layers: int = layers, starts: Any = starts, tokens: float = tokens) -> float:
+            return sum((layers - min(starts[i] for i in p)) * (len(p) * tokens + PASS_TOKENS) for p in passes)
+
+        least = min(
+            work([[i for i in range(5) if to[i] == p] for p in set(to)]) for to in itertools.product(range(5), repeat=5)
+        )
+        found = [[lanes.index(x) for x in p] for p in by_start(lanes, starts, layers, tokens)]
+        assert sorted(itertools.chain(*found)) == list(range(5))
+        assert work(found) == pytest.approx(least)
