@@ -99,8 +99,9 @@ class Adapter:
 
     @torch.no_grad()
     def lane(self) -> Lane:
-        """A lane with the adapter's tensors."""
-        lane = new_lane(self.design, seed=0, steps=1, backbone=self.backbone, head=self.head)
+        """A lane with the adapter's tensors; what no file holds is made anew by the seed it was trained with."""
+        seed = int(self.card.task.get("seed", 0))
+        lane = new_lane(self.design, seed=seed, steps=1, backbone=self.backbone, head=self.head)
         for key, value in {**lane.params, **lane.fixed}.items():
             if key not in lane.passing:
                 value.copy_(self.tensors[key])

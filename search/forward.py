@@ -39,6 +39,7 @@ class Forward:
         self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
+        self._model = backbone.model
         self._blocks = [site.path for site in backbone.sites.sites if site.kind == "block"]
 
     def states(self, batch: Batch, start: int = 0, given: Tensor | None = None) -> Tensor:
@@ -60,7 +61,7 @@ class Forward:
 
     def model_states(self, batch: Batch) -> Tensor:
         """The last hidden states of all tokens, flat, with all layers run that are not replaced."""
-        model, attending = self.backbone.model, self.backbone.attending
+        model, attending = self._model, self.backbone.attending
         inputs: dict[str, Any] = {"position_ids": batch.positions}
         if batch.types is not None:
             inputs["token_type_ids"] = batch.types
@@ -139,6 +140,7 @@ class Forward:
             hook.remove()
         self._hooks.clear()
         self._stages = stages(lanes, self.backbone)
+        self._model = next((lane.model for lane in lanes if lane.model is not None), self.backbone.model)
         inputs: dict[str, list[Stage]] = {}
         outputs: dict[str, list[Stage]] = {}
         read: dict[str, None] = {}

@@ -5,6 +5,7 @@ Nothing here depends on which other lanes share the step; that is why a packed l
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftscape.spaces.compositions import top
 from peftscape.spaces.design import tensor_key
+from peftscape.spaces.hf_peft import HFPeft, inject
 from peftscape.spaces.methods.base import Tensor as Declared
 from peftscape.spaces.record import Failure
 
@@ -40,6 +42,7 @@ class Lane:
         params: trained tensors by key, `0/q/<path>/A` or `head/<name>`; float32 (float64 on a float64 backbone).
         fixed: declared tensors that do not train.
         masks: of masked tensors; gradients outside are dropped, values there are zero.
+        model: the backbone with another library's tuner in it; None where lanes share the backbone itself.
         passing: names of fixed tensors that no file keeps.
         sites, own, seen: for each placement its sites; at each what the lane holds by name (one tensor under several
             names or sites where it is shared); and what the site sees of it, which `unfold` makes.
@@ -55,6 +58,7 @@ class Lane:
     sites: list[tuple[Site, ...]]
     own: list[list[Own]]
     seen: list[list[Own]]
+    model: nn.Module | None = None
     passing: set[str] = field(default_factory=set)
     name: str = ""
     step: int = 0
@@ -148,6 +152,9 @@ def new_lane(
     rates: dict[float, list[Tensor]] = {1.0: []}
     for i, placement in enumerate(design.placements):
         made = placement.declared(backbone.sites)
+        if isinstance(placement.method, HFPeft):
+            adopt(lane, i, placement.method, tuple(site for site, _ in made), backbone, rates)
+            made = []
         lane.sites.append(tuple(site for site, _ in made))
         lane.own.append([_hold(lane, i, placement, site, d, backbone, masked, rates) for site, d in made])
         lane.seen.append([{} for _ in made] if placement.expands else lane.own[-1])
@@ -194,6 +201,30 @@ def _hold(
     held = {**lane.params, **lane.fixed}
     weights = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
     return weights | {name: held[key] for name, key in keys.items()}
+
+
+def adopt(
+    lane: Lane,
+    number: int,
+    method: HFPeft,
+    sites: tuple[Site, ...],
+    backbone: Backbone,
+    rates: dict[float, list[Tensor]],
+) -> None:
+    """Give a lane a model of its own around the shared weights, with the tuner's tensors as the lane's."""
+    shared = {id(p): p for p in (*backbone.model.parameters(), *backbone.model.buffers())}
+    model = copy.deepcopy(backbone.model, shared | {id(backbone.attending): backbone.attending})
+    with torch.random.fork_rng():
+        torch.manual_seed(lane.seed)
+        added = inject(method, model, sites)
+    for name, value in added.items():
+        if value.is_floating_point():
+            value.data = value.data.to(backbone.master_dtype)
+        trains = value.requires_grad
+        (lane.params if trains else lane.fixed)[f"{number}/{name}"] = value
+        if trains:
+            rates[1.0].append(value)
+    lane.model = model
 
 
 def declared_tensors(design: Design, backbone: Backbone) -> Iterator[tuple[str, Placement, Declared]]:

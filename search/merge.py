@@ -39,7 +39,7 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     """
     if errors := [reason for p in lane.design.placements if (reason := unmergeable(p))]:
         raise InputError("merge", errors)
-    if lane.design.solo:
+    if lane.design.full:
         return _all_weights(lane, backbone)
     lane.unfold(training=False)
     found: dict[str, Tensor] = {}

@@ -42,9 +42,8 @@ class Placement:
     def where(self, sites: SiteMap) -> tuple[Site, ...]:
         """The sites it adapts in this backbone."""
         chosen = range(-1, sites.layers) if self.layers == "all" else self.layers
-        return tuple(
-            s for s in sites.sites if s.kind in self.sites and (s.layer in chosen or s.kind in ("input", "model"))
-        )
+        here = (s for s in sites.sites if s.kind in self.sites and (s.layer in chosen or s.kind in ("input", "model")))
+        return tuple(s for s in here if self.method.takes(s, sites))
 
     def maskable(self, tensor: Tensor) -> bool:
         """Whether the placement's mask covers this tensor: matrices are pruned, vectors are kept."""
@@ -85,7 +84,7 @@ class Placement:
                 seen |= {name: row[name] for name in (GATE, f"{GATE}_bias")}
             if self.drop:
                 one = next(iter(row.values())).new_ones(1)
-                seen["keep"] = one if site.layer >= lowest else one * 0
+                seen["keep"] = one * 0 if 0 <= site.layer < lowest else one
         return expanded
 
     def finish(self, own: list[Own], sites: tuple[Site, ...]) -> None:
@@ -164,6 +163,11 @@ class Design:
         """Whether it must train alone on the backbone."""
         return any(p.method.execution == "solo" for p in self.placements)
 
+    @property
+    def full(self) -> bool:
+        """Whether it trains every weight of the backbone."""
+        return any("model" in p.sites for p in self.placements)
+
     def prompt_length(self) -> int:
         """Virtual tokens in the sequence."""
         return sum(p.method.prompt_length() for p in self.placements)
@@ -190,7 +194,10 @@ class Design:
                     errors.append(f"{at}.sites: {kind}: {sites.refused[kind]}")
                 elif not any(s.kind == kind for s in sites.sites):
                     errors.append(f'{at}.sites: this {sites.family} has no "{kind}"{nearest(kind, sites.kinds)}')
-            reasons = {reason: None for s in p.where(sites) if (reason := p.method.check(s))}
+            here = p.where(sites)
+            if not here and set(p.sites) & set(sites.kinds):
+                errors.append(f"{at}.sites: {p.method.name} takes no {' or '.join(p.sites)} of this {sites.family}")
+            reasons = {reason: None for s in here if (reason := p.method.check(s))}
             errors += [f"{at}.{reason}" for reason in list(reasons)[:3]]
             if p.gate:
                 # The gate reads what the module of a site reads, whose width a kv site does not say.
@@ -228,7 +235,8 @@ def tensor_key(site: Site, name: str, tensor: Tensor) -> str:
 def _placement_json(p: Placement) -> dict[str, Any]:
     knobs = {k: list(v) if isinstance(v, tuple) else v for k, v in p.method.knobs().items()}
     layers = p.layers if p.layers == "all" else list(p.layers)
-    row = {"method": p.method.name, "sites": list(p.sites), "layers": layers, **knobs}
+    own = {"config": knobs} if p.method.name.startswith("peft:") else knobs
+    row = {"method": p.method.name, "sites": list(p.sites), "layers": layers, **own}
     return row | written(p.mask, p.share, p.gate, p.drop)
 
 

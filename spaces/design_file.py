@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from peftscape.spaces.compositions import read_compositions
 from peftscape.spaces.design import Design, Placement, Training
-from peftscape.spaces.methods import methods
+from peftscape.spaces.methods import method
 from peftscape.spaces.words import InputError, nearest
 
 #: What every placement may have besides its method's knobs.
@@ -55,14 +55,24 @@ def parse_layers(value: Any) -> Literal["all"] | tuple[int, ...]:
     return tuple(sorted(set(numbers)))
 
 
+def with_config(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the `config` of another library's method beside its own keys."""
+    config = row.get("config")
+    if not str(row.get("method")).startswith("peft:") or not isinstance(config, Mapping):
+        return row
+    return {**{k: v for k, v in row.items() if k != "config"}, **config}
+
+
 def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
     if not isinstance(row, Mapping) or not isinstance(row.get("method"), str):
         errors.append(f'{at}: a table with a "method" was expected')
         return None
-    if row["method"] not in methods():
-        errors.append(f'{at}.method: no method "{row["method"]}"{nearest(row["method"], methods())}')
+    try:
+        kind = method(row["method"])
+    except InputError as error:
+        errors += [f"{at}.method: {line}" for line in error.errors]
         return None
-    kind = methods()[row["method"]]
+    row = with_config(row)
     before = len(errors)
     defaults = kind().knobs()
     own = {k: v for k, v in row.items() if k not in COMMON}
@@ -75,7 +85,7 @@ def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
                 domain.param(name, value)
             except ValueError as error:
                 errors.append(f"{at}.{name}: {error}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+        elif _is_number(value) and value <= 0 and value not in domain.ends():
             errors.append(f"{at}.{name}: {value} is not larger than 0")
     sites = row.get("sites", list(kind.default_sites))
     sites = [sites] if isinstance(sites, str) else sites
@@ -102,10 +112,16 @@ def _knob(value: Any, default: Any, at: str, errors: list[str]) -> Any:
         return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if default is None:  # a knob of another library's that may be anything
+        return value
     if type(value) is not type(default):
         errors.append(f"{at}: {type(default).__name__} expected, not {value!r}")
         return default
     return value
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _training(row: Any, errors: list[str]) -> Training:

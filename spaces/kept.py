@@ -69,18 +69,18 @@ def kept(
     lowest = design.lowest_layer(sites)
     at_lowest = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest}
     backbone = activation_bytes(
-        sites, length, batch, lowest, width, kinds=at_lowest or None, full=design.solo, attention=attention
+        sites, length, batch, lowest, width, kinds=at_lowest or None, full=design.full, attention=attention
     )
-    if not design.solo and profile.quantised_inputs and dtype in ("nf4", "nf4-dq", "int8") and lowest < sites.layers:
+    if not design.full and profile.quantised_inputs and dtype in ("nf4", "nf4-dq", "int8") and lowest < sites.layers:
         backbone += batch * length * width * (sites.layers - max(lowest, 0)) * _linear_inputs(sites, attention)
     adapters = _adapters(
         design, sites, profile, length=length, batch=batch, width=width, dtype=dtype, attention=attention,
         dropout=profile.dropout if dropout is None else dropout,
     )  # fmt: skip
     copies = width * _copied(design, sites, profile, lowest)
-    held = (profile.whole_copies * sites.parameters * width - copies) if design.solo and profile.whole_copies else 0
+    held = (profile.whole_copies * sites.parameters * width - copies) if design.full and profile.whole_copies else 0
     if checkpointing and lowest < sites.layers:
-        first = -1 if profile.checkpoints_from_input or design.solo else lowest
+        first = -1 if profile.checkpoints_from_input or design.full else lowest
         layers = sites.layers - max(first, 0)
         # The inputs of all layers, and all that the one layer keeps which is being run again.
         inputs = layers * batch * length * sites.d_model * width
@@ -160,7 +160,7 @@ def _linear_inputs(sites: SiteMap, attention: Attention) -> int:
 
 def _copied(design: Design, sites: SiteMap, profile: Profile, lowest: int) -> int:
     """Values that are kept in the precision of the computation besides their own."""
-    if design.solo:
+    if design.full:
         return (sites.layers * sites.layer_products + sites.outer_products) if profile.whole_copies else 0
     if not profile.copies:
         return 0

@@ -175,7 +175,7 @@ def plan(
         on_head = head_size(sites, setting.outputs, head) if head else 0
     except ValueError as error:
         raise InputError("plan", [str(error)]) from None
-    adapter, full = adapter_size(design, sites), design.solo
+    adapter, full = adapter_size(design, sites), design.full
     adapter += output_head if full else 0
     notes = [counts_only] if counts_only else []
     frozen = {dtype: _weights(sites, dtype, output_head, profile) for dtype in WEIGHT_BYTES}
@@ -206,7 +206,7 @@ def _memory(
     design: Design, sites: SiteMap, profile: Profile, setting: Setting, objective: Objective, output_head: int,
     on_head: int,
 ) -> Memory:  # fmt: skip
-    full, width = design.solo, WIDTH[setting.dtype]
+    full, width = design.full, WIDTH[setting.dtype]
     of_trained = profile.trained_width(setting.dtype, full=full)
     optimised = optimised_size(design, sites) + on_head + (output_head if full else 0)
     # Where all weights train in place they are the backbone; peftscape trains a change beside it.
@@ -252,7 +252,7 @@ def _flops(
     if objective == "lm":
         product = 2 * length * sites.vocab * sites.d_model
         forward += product
-        backward += product * (2 if design.solo else 1 if design.lowest_layer(sites) < sites.layers else 0)
+        backward += product * (2 if design.full else 1 if design.lowest_layer(sites) < sites.layers else 0)
     else:
         head = head_flops(design, sites, on_head)
         forward, backward = forward + head[0], backward + head[1] - head[0]

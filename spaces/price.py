@@ -78,7 +78,7 @@ def train_flops(
     kinds = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest} or None
     forward, backward, _ = extra_flops(design, sites, length)
     forward += forward_flops(sites, length, batch=batch)
-    backward += backward_flops(sites, length, lowest, kinds=kinds, batch=batch, full=design.solo, attention=attention)
+    backward += backward_flops(sites, length, lowest, kinds=kinds, batch=batch, full=design.full, attention=attention)
     return forward, backward
 
 

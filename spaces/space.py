@@ -16,7 +16,7 @@ from peftscape.spaces.compositions import Mask, Share
 from peftscape.spaces.design import Design, Placement, Training
 from peftscape.spaces.knobs import Choice, Domain, Value
 from peftscape.spaces.layers import LayerChoice, Layers
-from peftscape.spaces.methods import methods
+from peftscape.spaces.methods import method as find
 
 if TYPE_CHECKING:
     import optuna
@@ -58,14 +58,14 @@ class Option:
         more = {k: _ask(trial, f"{self.name}.{k}", v) for k, v in self.more.items()}
         if not layers or any(value == 0 for value in knobs.values() if not isinstance(value, bool)):
             return None
-        method = methods()[self.method](**knobs)
+        method = find(self.method)(**knobs)
         return Placement(method=method, sites=tuple(sites), layers=layers, mask=mask, **_compositions(more))
 
     def params(self, placement: Placement) -> dict[str, Value]:
         """The parameters that suggest this placement. Raises ValueError where the option cannot give it."""
         found: dict[str, Value] = {}
         own = placement.method.knobs()
-        defaults = methods()[self.method]().knobs()
+        defaults = find(self.method)().knobs()
         for knob, value in own.items():
             found |= _tell(f"{self.name}.{knob}", self.knobs.get(knob, defaults[knob]), value)
         found |= _tell(f"{self.name}.sites", self.sites, placement.sites)
@@ -113,7 +113,7 @@ class Option:
             ends = list(value.ends()) if isinstance(value, Domain) else [value]
             extras = [e | {key: end} for e in extras for end in ends]
         for knobs in variants:
-            method = methods()[self.method](**knobs)
+            method = find(self.method)(**knobs)
             for where in sites:
                 for which in layers:
                     for s, more in itertools.product(sparsities, extras):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.compositions import SCORES, read_compositions
 from peftscape.spaces.design import Training
-from peftscape.spaces.design_file import COMMON
+from peftscape.spaces.design_file import COMMON, with_config
 from peftscape.spaces.knobs import Choice, Domain, Range, domain_from_toml
 from peftscape.spaces.layers import WORDS, LayerChoice
-from peftscape.spaces.methods import methods
+from peftscape.spaces.methods import method as find
 from peftscape.spaces.presets import preset
 from peftscape.spaces.space import Option, Slot, Space
 from peftscape.spaces.words import InputError, nearest
@@ -82,8 +82,10 @@ class _Reader:
         for i, option in enumerate(row["options"]):
             where = f"{at}.options[{i}]"
             method = option.get("method") if isinstance(option, Mapping) else None
-            if not isinstance(method, str) or method not in methods():
-                self.errors.append(f'{where}.method: no method "{method}"{nearest(str(method), methods())}')
+            try:
+                find(str(method))
+            except InputError as error:
+                self.errors += [f"{where}.method: {line}" for line in error.errors]
                 continue
             prefix = str(method) if names.count(method) == 1 else f"{name}.{method}"
             found = self._option(option, where, prefix, shared)
@@ -91,7 +93,7 @@ class _Reader:
         return Slot(name=name, options=tuple(options), optional=bool(row.get("optional", False)))
 
     def _option(self, row: Mapping[str, Any], at: str, name: str, shared: bool) -> Option | None:
-        kind = methods()[row["method"]]
+        kind, row = find(row["method"]), with_config(row)
         defaults = kind().knobs()
         own = {k: v for k, v in row.items() if k not in COMMON}
         self._unknown(own, (*defaults, *COMMON), f"{at}.")

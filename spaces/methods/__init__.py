@@ -25,7 +25,11 @@ def methods() -> dict[str, type[Method]]:
 
 
 def method(name: str) -> type[Method]:
-    """The method of that name. Raises InputError with the nearest one."""
+    """The method of that name, `peft:NAME` for a tuner of HF peft. Raises InputError with the nearest one."""
+    if name.startswith("peft:"):
+        from peftscape.spaces.hf_peft import tuner
+
+        return tuner(name)
     if name not in methods():
         raise InputError("method", [f'no method "{name}"{nearest(name, methods())}'])
     return methods()[name]

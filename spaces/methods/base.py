@@ -7,7 +7,7 @@ A file in this folder with one subclass of `Method` adds a method; nothing else 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, dataclass_transform
 
@@ -16,12 +16,14 @@ from peftscape.spaces.knobs import Domain, knob
 if TYPE_CHECKING:
     import torch
 
-    from peftscape.spaces.sites import Site
+    from peftscape.spaces.peft_form import PeftForm
+    from peftscape.spaces.sites import Site, SiteMap
+    from peftscape.spaces.text import Text
 
     Array = torch.Tensor
     Own = dict[str, torch.Tensor]
 
-Init = Literal["zeros", "ones", "kaiming", "normal", "vocabulary", "own"]
+Init = Literal["zeros", "ones", "kaiming", "he", "normal", "vocabulary", "own"]
 Scope = Literal["site", "kind", "layer", "placement"]
 
 
@@ -31,9 +33,9 @@ class Tensor:
 
     Args:
         shape: without the lane dimension.
-        init: `kaiming` is uniform in +-1/sqrt(fan in), as torch's linears and LoRA's A start; `normal` has
-            standard deviation 0.02; `vocabulary` takes rows of the backbone's embedding, drawn by the lane's seed;
-            `own` is made by the method's `start`.
+        init: `kaiming` is uniform in +-1/sqrt(fan in), as torch's linears and LoRA's A start; `he` in +-sqrt(6/fan in);
+            `normal` has standard deviation 0.02; `vocabulary` takes rows of the backbone's embedding, drawn by the
+            lane's seed; `own` is made by the method's `start`.
         scope: one for each site, or shared by the sites of one kind, by a layer or by the whole placement (made and
             counted once).
         trains: false for fixed tensors and for what a method remembers between steps.
@@ -71,6 +73,11 @@ class Lanes:
     finds the frozen `p.weight` (d_out x d_in; a norm's gain) and `p.bias` (None where there is none), without a lane
     dimension; one with `needs_text` finds `p.text`, a `peftscape.spaces.text.Text`.
     """
+
+    weight: Array
+    bias: Array | None
+    normalise: Callable[[Array], Array]
+    text: Text
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -121,6 +128,10 @@ class Method:
         for f in fields(self):  # type: ignore[arg-type]
             if isinstance(f.default, float) and type(getattr(self, f.name)) is int:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
+    def takes(self, site: Site, sites: SiteMap) -> bool:
+        """Whether it adapts this site, of a kind that it was given, in this backbone."""
+        return True
 
     def tensors(self, site: Site) -> Tensors:
         """The tensors that adapt one site."""
@@ -231,6 +242,20 @@ class Method:
 
     def check(self, site: Site) -> str | None:
         """Why this method with these knobs cannot adapt this site, in one line; None if it can."""
+        return None
+
+    def in_peft(self, site: Site) -> PeftForm | str:
+        """How HF peft expresses it at a site, or why it cannot, in one line."""
+        return f"HF peft has no {self.name}"
+
+    @classmethod
+    def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+        """The knobs with which this method is what HF peft's configuration means at a site; None where it is not.
+
+        Args:
+            settings: `adapter_config.json` with the patterns for the site's module applied; an entry that lists modules
+                says whether it lists this one.
+        """
         return None
 
     def static_knobs(self) -> tuple[Any, ...]:

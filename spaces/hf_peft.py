@@ -1,0 +1,165 @@
+"""Any tuner of the installed HF peft as a method: `{"method": "peft:MISS", "config": {"r": 8}}`.
+
+A tuner's knobs are the plain fields of its configuration (numbers, words, flags), with peft's defaults; its sites and
+layers say which linears it targets. It trains alone on the backbone. peft is imported when a tuner is named, no sooner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftscape.spaces.methods.base import Method, Tensor, Tensors
+from peftscape.spaces.methods.fish_mask import LINEARS
+from peftscape.spaces.words import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftscape.spaces.sites import Site
+
+PREFIX = "peft:"
+#: Fields of a configuration that say where and how it is stored rather than what it computes.
+NOT_KNOBS = ("inference_mode", "bias", "fan_in_fan_out", "use_dora", "ensure_weight_tying")
+
+
+class HFPeft(Method):
+    """The tuner of HF peft that the name says, on the linears of its sites; its equation is in peft's documentation."""
+
+    category, execution = "hybrid", "solo"
+    sites = LINEARS
+    default_sites = ("q", "v")
+    exact_start = False
+    alone = True
+    tuner: ClassVar[str] = ""
+
+    def shared(self, sites: tuple[Site, ...]) -> Tensors:
+        return dict(_declared(self, sites))
+
+    def tensors(self, site: Site) -> Tensors:
+        return {}
+
+    def flops(self, site: Site, tokens: int) -> int:
+        return 0  # peft says nothing of it: a run counts the frozen products alone
+
+    def check(self, site: Site) -> str | None:
+        try:
+            _declared(self, (site,))
+        except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as error:
+            return f"config: peft refuses it: {str(error).splitlines()[0]}"
+        return None
+
+    def config(self, targets: list[str]) -> Any:
+        """peft's configuration for these modules."""
+        return _classes(self.tuner)[0](target_modules=targets, **self.knobs())
+
+
+@cache
+def tuner(name: str) -> type[HFPeft]:
+    """The method of a tuner, `peft:MISS`.
+
+    Raises:
+        InputError: peft is not installed, or has no tuner of that name that targets modules.
+    """
+    kind = name.removeprefix(PREFIX).upper()
+    config, _ = _classes(kind)
+    fields = [
+        (f.name, Any, dataclasses.field(default=f.default))
+        for f in dataclasses.fields(config)
+        if f.name in _own_names(config) and (f.default is None or isinstance(f.default, (bool, int, float, str)))
+    ]
+    body = {
+        "__annotations__": {n: t for n, t, _ in fields},
+        "__doc__": HFPeft.__doc__,
+        "__module__": HFPeft.__module__,
+        "name": f"{PREFIX}{kind}",
+        "tuner": kind,
+        **{n: f for n, _, f in fields},
+    }
+    made: type[HFPeft] = type(f"Peft{kind.title()}", (HFPeft,), body)
+    return made
+
+
+def inject(method: HFPeft, model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Any]:
+    """Put the tuner into a model, in place; what it added by name: parameters and buffers."""
+    from peft import get_peft_model
+
+    before = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    before |= {f"{site.path}.base_layer.{name}" for site in sites for name in ("weight", "bias")}
+    with warnings.catch_warnings():  # of peft's about transformers' next version
+        warnings.simplefilter("ignore", FutureWarning)
+        whole = get_peft_model(model, method.config(list(dict.fromkeys(site.path for site in sites))))
+    found = {}
+    for name, value in (*whole.named_parameters(), *whole.named_buffers()):
+        own = name.removeprefix("base_model.").removeprefix("model.")
+        if own not in before and value.numel():
+            found[own] = value
+    return found
+
+
+@cache
+def _declared(method: HFPeft, sites: tuple[Site, ...]) -> tuple[tuple[str, Tensor], ...]:
+    """What the tuner would add to these linears, found on stand-ins of their shapes."""
+    import torch
+
+    with torch.random.fork_rng():
+        added = inject(method, _stand_in(sites), sites)
+    return tuple(
+        (
+            name,
+            Tensor(
+                tuple(value.shape),
+                init="own",
+                scope="placement",
+                trains=value.requires_grad,
+                integer=not value.is_floating_point(),
+            ),
+        )
+        for name, value in added.items()
+    )
+
+
+def _stand_in(sites: tuple[Site, ...]) -> nn.Module:
+    """A model of nothing but these linears, under their names."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    widths: dict[str, int] = {}
+    for site in sites:
+        widths[site.path] = max(widths.get(site.path, 0), site.span[1] if site.span else site.d_out)
+    root = nn.Module()
+    for site in sites:
+        *parents, last = site.path.split(".")
+        at = root
+        for name in parents:
+            if not hasattr(at, name):
+                at.add_module(name, nn.Module())
+            at = at.get_submodule(name)
+        wide = widths[site.path]
+        at.add_module(last, Conv1D(wide, site.d_in) if site.transposed else nn.Linear(site.d_in, wide, bias=site.bias))
+    return root
+
+
+@cache
+def _classes(kind: str) -> tuple[Any, Any]:
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    except ImportError:
+        raise InputError("method", ["peft: methods need HF peft; pip install peft"]) from None
+    tuners = {str(t.value): cls for t, cls in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    configs = {str(t.value): cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known = [k for k in tuners if "target_modules" in {f.name for f in dataclasses.fields(configs[k])}]
+    if kind not in known:
+        raise InputError("method", [f'HF peft has no tuner "{kind}" that targets modules{nearest(kind, known)}'])
+    return configs[kind], tuners[kind]
+
+
+def _own_names(config: Any) -> set[str]:
+    """Fields that are the tuner's own, besides those that say where it goes."""
+    from peft import PeftConfig
+
+    shared = {f.name for f in dataclasses.fields(PeftConfig)} | set(NOT_KNOBS)
+    where = ("modules", "layers_", "_pattern", "pattern_", "_config")
+    return {f.name for f in dataclasses.fields(config) if f.name not in shared and not any(w in f.name for w in where)}
