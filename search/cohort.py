@@ -39,7 +39,8 @@ class Cohort:
         backbone, head: shared by all lanes; nothing of them changes.
         train: the examples lanes learn from.
         batch_size: examples of a lane in a step, the same for all lanes.
-        cache: of hidden states; with it, lanes run from their lowest adapted layer on.
+        cache: of hidden states; with it, lanes run from their lowest adapted layer on, and the last layer runs on
+            for the tokens alone that the head reads.
     """
 
     def __init__(
@@ -140,17 +141,18 @@ class Cohort:
             self.backbone.sites,
             padded=not self.backbone.sites.attention_interface,
         ).to(self.backbone.device)
-        start, given = 0, None
+        start, given, read = 0, None, None
         if self.cache is not None:
             start = min(map(self.cache.start, self.lanes))
             given = self.cache.states(self.forward, batch, split, examples, start)
+            read = self.head.reads(batch)
         names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
         params = {key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names}
 
         def run() -> Tensor:
-            states = self.forward.states(batch, start, given)
+            states = self.forward.states(batch, start, given, read)
             # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
-            return self.head.logits(params, states.to(self.backbone.master_dtype), batch)
+            return self.head.logits(params, states.to(self.backbone.master_dtype), batch, picked=read is not None)
 
         return self.forward.with_own_weights(run)
 

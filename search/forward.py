@@ -39,15 +39,57 @@ class Forward:
         self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
+        self._read: Tensor | None = None
         self._model = backbone.model
         self._blocks = [site.path for site in backbone.sites.sites if site.kind == "block"]
 
-    def states(self, batch: Batch, start: int = 0, given: Tensor | None = None) -> Tensor:
-        """The last hidden states of all tokens, flat.
+    def states(self, batch: Batch, start: int = 0, given: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """The last hidden states of all tokens, or of those that are read, flat.
 
         Args:
             start, given: the layer to begin with and the states that enter it; the layers below do not run.
+            read: flat numbers of the tokens that the head reads, as many of each lane.
         """
+        if read is not None and start < len(self._blocks) and (path := self._after_attention()):
+            return self._run_reading(batch, start, given, read, path)
+        found = self._run_from(batch, start, given)
+        return found if read is None else found[read]
+
+    def _after_attention(self) -> str | None:
+        """Where the last layer has mixed its tokens for the last time and what follows takes them one by one.
+
+        Known for post-norm layers like BERT's, whose attention.output adds the residual itself. None elsewhere, and
+        where a method looks at a whole text after it.
+        """
+        sites = self.backbone.sites
+        own = [s.path for s in sites.sites if s.kind == "o" and s.layer == sites.layers - 1]
+        if sites.norm_place != "post" or not own or not own[0].endswith("attention.output.dense"):
+            return None
+        for stage in self._stages:
+            late = stage.site.layer == sites.layers - 1 and stage.site.kind not in ("q", "k", "v", "kv")
+            if late and any(g.placement.gate or g.method.needs_text for g in stage.groups):
+                return None
+        return own[0].removesuffix(".dense")
+
+    def _run_reading(self, batch: Batch, start: int, given: Tensor | None, read: Tensor, path: str) -> Tensor:
+        def only_read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(self._picked(x) for x in args)
+
+        hook = self._model.get_submodule(path).register_forward_pre_hook(only_read, prepend=True)
+        self._read = read
+        try:
+            return self._run_from(batch, start, given)
+        finally:
+            self._read = None
+            hook.remove()
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """lanes x tokens read x width."""
+        assert self._read is not None
+        flat = x.reshape(-1, x.shape[-1]).index_select(0, self._read)
+        return flat.view(len(x), -1, x.shape[-1])
+
+    def _run_from(self, batch: Batch, start: int, given: Tensor | None) -> Tensor:
         if given is None:
             return self.model_states(batch)
         skipped = [self.backbone.model.get_submodule(path) for path in self._blocks[:start]]
@@ -197,6 +239,8 @@ class Forward:
             y = self._by_lane(first)
             for stage in here:
                 x = self._by_lane(self._inputs[stage.site.source] if stage.site.source else args[0])
+                if x.shape[1] != y.shape[1]:  # what it read before the tokens that no head reads were left out
+                    x = self._picked(x)
                 if stage.site.span is None:
                     y = _adapt(stage, x, y, batch)
                 else:  # this site's columns of a fused linear
@@ -211,7 +255,9 @@ class Forward:
     def _is_shared(self, x: Tensor) -> bool:
         """Whether a call belongs to no lane: DeBERTa-v2 sends its table of positions through q and k too."""
         batch = self.backbone.attending.batch
-        return batch is not None and x.numel() != batch.ids.numel() * x.shape[-1]
+        shape = x.shape[:-2] if x.ndim == 4 else x.shape[:-1]  # a norm of single heads reads tokens x heads x width
+        read = None if self._read is None else len(self._read)
+        return batch is not None and shape.numel() not in (batch.ids.numel(), read)
 
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""

@@ -64,12 +64,19 @@ class Head:
             for name, shape in sorted(self.shapes.items())
         }
 
-    def logits(self, params: Mapping[str, Tensor], states: Tensor, batch: Batch) -> Tensor:
+    def reads(self, batch: Batch) -> Tensor | None:
+        """Flat numbers of the tokens that the head reads, one an example; None for all of a text."""
+        if self.model is None:
+            return None
+        return (batch.last if self.pooling == "last" else batch.first).reshape(-1)
+
+    def logits(self, params: Mapping[str, Tensor], states: Tensor, batch: Batch, *, picked: bool = False) -> Tensor:
         """lanes x examples x outputs.
 
         Args:
             params: by name, with a leading lane dimension.
             states: flat tokens x d_model, the backbone's last hidden states.
+            picked: whether these are the tokens of `reads` alone.
         """
         lanes, examples = batch.lanes, batch.examples
         if self.model is None:
@@ -78,13 +85,12 @@ class Head:
             lengths = (batch.last - batch.first + 1).view(-1, 1)
             means = (sums / lengths).view(lanes, examples, -1)
             return torch.baddbmm(params["bias"].unsqueeze(1), means, params["weight"].mT)
-        at = batch.last if self.pooling == "last" else batch.first
-        picked = states[at.reshape(-1)].unsqueeze(1)
-        pooled = picked[:, 0]
+        read = (states if picked else states[self.reads(batch)]).unsqueeze(1)
+        pooled = read[:, 0]
         if self.pooling == "pooler":  # frozen, so in the backbone's own precision
-            pooled = self.backbone.pooler(picked.to(self.backbone.dtype)).to(picked.dtype)
+            pooled = self.backbone.pooler(read.to(self.backbone.dtype)).to(read.dtype)
         per_lane = torch.vmap(self._one)
-        out: Tensor = per_lane(dict(params), picked.view(lanes, examples, 1, -1), pooled.view(lanes, examples, -1))
+        out: Tensor = per_lane(dict(params), read.view(lanes, examples, 1, -1), pooled.view(lanes, examples, -1))
         return out
 
     def _one(self, params: dict[str, Tensor], states: Tensor, pooled: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ def designs(family: str) -> list[Design]:
         [{"method": "prefix_tuning", "length": 3, "layers": [1], "positions": "keep"}],
         [{"method": "prefix_tuning", "length": 3, "layers": [1], "positions": "shift"}],
         [{"method": "prompt_tuning", "length": 2}],
+        # Each place after the last attention, and methods that look at a whole text there.
+        [{"method": "lora", "rank": 2, "sites": ["o", "up", "down"]}, {"method": "bitfit"}],
+        [{"method": "parallel_adapter", "size": 3, "sites": ["attention", "ffn"]}],
+        [{"method": "sequential_adapter", "size": 3, "sites": ["attention", "ffn"], "gate": True}],
     ]
     found = [Design.from_json({"placements": row, "training": {"lr": 1e-2}}) for row in rows]
     return [d for d in found if not d.check(SITES[family])]
@@ -47,10 +51,11 @@ def run(family: str, cache: StateCache | None, which: slice = slice(None)) -> tu
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("limits", [{}, {"memory_limit": 0}, {"memory_limit": 0, "disk_limit": 0}])
-def test_lanes_train_as_if_nothing_were_kept(family: str, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize("which", [slice(None), slice(-1)], ids=["with a gate", "without"])
+def test_lanes_train_as_if_nothing_were_kept(family: str, limits: dict[str, int], which: slice) -> None:
     cache = StateCache(backbone(family, "float64"), **limits)
-    kept, found = run(family, cache)
-    plain, wanted = run(family, None)
+    kept, found = run(family, cache, which)
+    plain, wanted = run(family, None, which)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(one.losses, other.losses, rtol=1e-9, err_msg=one.design.label)
     np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-10)
@@ -72,6 +77,10 @@ def test_the_layers_below_are_not_run() -> None:
     shared.admit(own)
     shared.predict(split())  # all states are there now
     calls: list[int] = []
+    seen: list[int] = []
+    count = base.model.get_submodule("encoder.layer.1.output").register_forward_hook(
+        lambda _, args, out: seen.append(out.numel() // out.shape[-1])
+    )
     hooks = [
         base.model.get_submodule(f"encoder.layer.{n}.attention.self.query").register_forward_hook(
             lambda *_, n=n: calls.append(n)
@@ -79,10 +88,11 @@ def test_the_layers_below_are_not_run() -> None:
         for n in range(LAYERS)
     ]
     shared.step()
-    for hook in hooks:
+    for hook in [*hooks, count]:
         hook.remove()
     shared.close()
     assert calls == [1]
+    assert seen == [BATCH], "one token a text is left after the last attention"
 
 
 def test_a_step_that_fails_leaves_the_model_whole() -> None:
