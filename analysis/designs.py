@@ -13,16 +13,16 @@ Value = str | float
 _NONE = "none"
 
 
-def parts(record: Record) -> dict[str, dict[str, Value]]:
+def parts(design: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
     """A design as {method: knobs} with its training under "training"; a method twice there has a number."""
     found: dict[str, dict[str, Value]] = {}
-    for placement in record.design.get("placements", ()):
+    for placement in design.get("placements", ()):
         if isinstance(placement, Mapping):
             name = str(placement.get("method"))
             while name in found:
                 name += "'"
             found[name] = {str(k): _value(v) for k, v in _flat(placement) if k != "method"}
-    training = record.design.get("training")
+    training = design.get("training")
     if isinstance(training, Mapping) and training:
         found["training"] = {str(k): _value(v) for k, v in _flat(training)}
     return found
@@ -30,7 +30,7 @@ def parts(record: Record) -> dict[str, dict[str, Value]]:
 
 def features(record: Record) -> dict[str, Value]:
     """What every design has: its methods, sites, layers and training knobs, and how many parameters."""
-    own = parts(record)
+    own = parts(record.design)
     training = own.pop("training", {})
     sites = sorted({s for p in own.values() for s in str(p.get("sites", p.get("target_modules", ""))).split("+") if s})
     layers = sorted({str(p["layers"]) for p in own.values() if "layers" in p})
@@ -47,7 +47,7 @@ def features(record: Record) -> dict[str, Value]:
 
 def knobs(record: Record, method: str) -> dict[str, Value]:
     """One method's knobs in a design, with the training's; empty where the design lacks it."""
-    own = parts(record)
+    own = parts(record.design)
     if method not in own:
         return {}
     training = {f"training.{key}": value for key, value in own.get("training", {}).items()}
@@ -78,6 +78,11 @@ def layer_count(records: Sequence[Record]) -> int:
         for layer in layer_list(placement.get("layers", ()), 0)
     ]
     return max(named, default=0) + 1
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration as rows of dotted names and texts."""
+    return {key: json.dumps(value).strip('"') for key, value in _flat(config)}
 
 
 def is_number(values: Sequence[Value]) -> bool:

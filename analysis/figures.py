@@ -9,7 +9,7 @@ from typing import Any
 
 from peftscape.analysis import units
 from peftscape.analysis.front import Objective, front
-from peftscape.analysis.measures import measured
+from peftscape.analysis.measures import Imported, measured
 from peftscape.analysis.noise import retest_interval, validation_interval
 from peftscape.analysis.picks import Pick
 from peftscape.analysis.sources import Study
@@ -19,7 +19,7 @@ from peftscape.spaces.record import Record
 INK, QUIET, ACCENT = "#1f2933", "#9aa5b1", "#c2410c"
 
 # Okabe and Ito's colours, told apart by colour-blind readers, and a symbol each for those who print in grey.
-_STYLES = (
+STYLES = (
     ("#0072b2", "circle"),
     ("#e69f00", "square"),
     ("#009e73", "triangle-up"),
@@ -69,19 +69,25 @@ def front_figure(
         shapes[0]["line"] = line
     data = [*map(dict, fits), *_trials(placed, members, x), *_front(members, axes[0], x, end), *_retests(members, x)]
     unit = f" ({cost.unit})" if cost.unit else ""
-    layout = _layout(f"{cost.title}{unit}", f"{study.quality.name}, validation")
-    layout["xaxis"] |= {"tickvals": values, "ticktext": labels, "range": [math.log10(start), math.log10(end)]}
-    layout["shapes"] = shapes
-    layout["annotations"] = _annotations(recommended, axes, x)
+    made = layout(f"{cost.title}{unit}", study.quality.name + ("" if study.imported else ", validation"))
+    made["xaxis"] |= {"tickvals": values, "ticktext": labels, "range": [math.log10(start), math.log10(end)]}
+    made["shapes"] = shapes
+    made["annotations"] = _annotations(recommended, axes, x)
     band = _range(members, placed)
     if band:
-        layout["yaxis"]["range"] = band
-    return {"data": data, "layout": layout}
+        made["yaxis"]["range"] = band
+    return {"data": data, "layout": made}
 
 
 def hovers(study: Study) -> dict[int, str]:
-    """What each trial was, for plotly's hover: lines of its small HTML, with all text escaped."""
-    return {record.number: _hover(record) for record in study.records}
+    """What each trial was, for plotly's hover: lines of its small HTML, with all text escaped.
+
+    In a study of more than a thousand trials the design's knobs are left out for all but the front's members
+    and the retested: they would be half of the file, and the table of all trials has them.
+    """
+    chosen = {r.number for r in front(study.records, study.objectives)} if study.objectives else set()
+    few = len(study.records) <= 1000
+    return {r.number: _hover(r, few or r.number in chosen or bool(r.retests)) for r in study.records}
 
 
 def family(record: Record) -> str:
@@ -100,9 +106,9 @@ def _trials(placed: Sequence[Record], members: Sequence[Record], x: Any) -> list
         if record.state == "complete":
             groups.setdefault(family(record), []).append(record)
     ranked = sorted(groups, key=lambda name: (-len(groups[name]), name))
-    if len(ranked) > len(_STYLES):
-        rest = [record for name in ranked[len(_STYLES) - 1 :] for record in groups[name]]
-        ranked = ranked[: len(_STYLES) - 1]
+    if len(ranked) > len(STYLES):
+        rest = [record for name in ranked[len(STYLES) - 1 :] for record in groups[name]]
+        ranked = ranked[: len(STYLES) - 1]
         groups |= {"other methods": rest}
         ranked.append("other methods")
     size = 8 if len(placed) <= 300 else 5
@@ -112,7 +118,7 @@ def _trials(placed: Sequence[Record], members: Sequence[Record], x: Any) -> list
     if early:
         marker = {"color": QUIET, "symbol": "x-thin", "size": 6, "line": {"color": QUIET, "width": 1.2}}
         traces.append(_points(early, "stopped early", x, marker))
-    for name, (color, symbol) in zip(ranked, _STYLES, strict=False):
+    for name, (color, symbol) in zip(ranked, STYLES, strict=False):
         opacity = [1.0 if record.number in inside else 0.45 for record in groups[name]]
         marker = {"color": color, "symbol": symbol, "size": size, "opacity": opacity, "line": {"width": 0}}
         traces.append(_points(groups[name], html.escape(name), x, marker))
@@ -148,7 +154,7 @@ def _front(members: Sequence[Record], quality: Objective, x: Any, end: float) ->
         "hoverinfo": "skip",
     }
     ring = {"color": "rgba(255,255,255,0)", "size": 12, "line": {"color": INK, "width": 1.8}}
-    rings = _points(members, "front members, 95 % interval of validation", x, ring)
+    rings = _points(members, "front members, 95 % interval", x, ring)
     rings["error_y"] = {
         "type": "data",
         "symmetric": False,
@@ -214,7 +220,7 @@ def _range(members: Sequence[Record], placed: Sequence[Record]) -> list[float] |
     return [low - margin, high + margin]
 
 
-def _layout(x_title: str, y_title: str) -> dict[str, Any]:
+def layout(x_title: str, y_title: str) -> dict[str, Any]:
     axis = {
         "gridcolor": "#e4e7eb",
         "linecolor": QUIET,
@@ -236,20 +242,21 @@ def _layout(x_title: str, y_title: str) -> dict[str, Any]:
     }
 
 
-def _hover(record: Record) -> str:
+def _hover(record: Record, knobs: bool) -> str:
     def lines(text: str, most: int = 3) -> list[str]:
         wrapped = textwrap.wrap(text, 64, break_long_words=True)
         return [*wrapped[:most], *(["…"] if len(wrapped) > most else [])]
 
     state = "stopped early" if record.state == "pruned" else record.state
     head = f"#{record.number} {record.label}" + (f" ({record.textbook})" if record.textbook else "")
-    body = [f"{state}; {record.metric} in validation {spread_of(record)}"]
+    where = "" if isinstance(record, Imported) else " in validation"
+    body = [f"{state}; {record.metric}{where} {spread_of(record)}"]
     if interval := retest_interval(record):
         body.append(f"test {spread(interval)}, {interval.n} seed{'s' if interval.n > 1 else ''}")
     body += [f"{cost.short.lower()} {cost_text(record, cost)}" for cost in units.shown(measured([record]))]
-    for placement in record.design.get("placements", ()):
+    for placement in record.design.get("placements", ()) if knobs else ():
         body += lines(_words(placement))
-    if training := record.design.get("training"):
+    if knobs and (training := record.design.get("training")):
         body += lines("training " + _words(training))
     escaped = [html.escape(line) for line in body[:18]]
     return "<br>".join(["<b>" + "<br>".join(map(html.escape, lines(head))) + "</b>", *escaped])

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftscape.analysis import units
-from peftscape.analysis.belief import Belief, believe, evidence
+from peftscape.analysis.ablation import Step, ablation, ends
+from peftscape.analysis.belief import CORRELATION, Belief, believe, evidence
 from peftscape.analysis.compare import Difference, as_good_as_best, better_than, optimism
 from peftscape.analysis.figures import family
 from peftscape.analysis.fit import Curve, curves
 from peftscape.analysis.front import Objective, finite, front
-from peftscape.analysis.importance import Heat, Importance, Level, Step, ablation, heat_map, importances, marginal
+from peftscape.analysis.heat import Heat, heat_map
+from peftscape.analysis.importance import MOST, Importance, Interaction, Level, importances, interactions, marginal
 from peftscape.analysis.measures import is_cost
 from peftscape.analysis.notes import notes
 from peftscape.analysis.sources import Study
@@ -37,6 +39,7 @@ class Findings:
     tuning: Mapping[str, TuningCurve]
     importances: Mapping[str, tuple[Importance, ...]]
     marginals: Mapping[str, tuple[Level, ...]]
+    interactions: tuple[Interaction, ...]
     heat: Heat | None
     path: tuple[Step, ...]
 
@@ -52,9 +55,11 @@ def find(study: Study) -> Findings:
     complete = [record for record in records if record.state == "complete"]
     belief = believe(records, axes) if any(not is_cost(axis.name) for axis in axes) else None
     members = front(records, axes) if axes else ()
-    alike = indistinguishable(records, study.quality, study.cost.name)
-    retested = sorted((r for r in complete if len(r.retests) > 1), key=lambda r: -r.test)[:12]
-    differences = better_than(retested)
+    likeness = belief.correlation if belief else CORRELATION
+    alike = indistinguishable(records, study.quality, study.cost.name, likeness)
+    sign = 1 if study.quality.direction == "maximize" else -1
+    retested = sorted((r for r in complete if len(r.retests) > 1), key=lambda r: -sign * r.test)[:12]
+    differences = better_than(retested, correlation=likeness)
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(family(record), []).append(record)
@@ -80,19 +85,22 @@ def find(study: Study) -> Findings:
         tuning_curves(records, chosen),
         {name: found for name, found in targets.items() if found},
         {knob: marginal(records, knob) for knob in first},
+        interactions(records, first),
         heat_map(records, study.cost.name),
-        _path(complete),
+        _path(study),
     )
 
 
-def indistinguishable(records: Sequence[Record], quality: Objective, cost: str) -> tuple[Record, ...]:
+def indistinguishable(
+    records: Sequence[Record], quality: Objective, cost: str, correlation: float = CORRELATION
+) -> tuple[Record, ...]:
     """The designs that no other beats significantly in quality, whatever they cost, the cheapest first.
 
     With probability 0.95 the truly best is among them (`compare.as_good_as_best`), as far as the errors of the
     scores are known: those of seeds only where seeds were repeated.
     """
     able, _values = finite(records, (quality,)) if records else ((), np.empty((0, 1)))
-    found = evidence(able) if able else None
+    found = evidence(able, correlation=correlation) if able else None
     if found is None:
         return ()
     sign = 1 if quality.direction == "maximize" else -1
@@ -125,13 +133,15 @@ def claims(
         )
         if weak:
             said.append(
-                f"Not supported: {len(weak)} members are less likely on the front than off it: "
+                f"Not supported: {len(weak)} member{'s are' if len(weak) > 1 else ' is'} less likely on the front "
+                "than off it: "
                 + ", ".join(f"{label[m.number]} ({belief.by_number[m.number].on_front:.0%})" for m in weak[:8])
                 + "."
             )
         if off:
+            which = "designs that are not members" if len(off) > 1 else "design that is not a member"
             said.append(
-                f"{len(off)} designs that are not members could well be (0.3 or more): "
+                f"{len(off)} {which} could well be one (0.3 or more): "
                 + ", ".join(f"{label[d.record.number]} ({d.on_front:.0%})" for d in off[:8])
                 + "."
             )
@@ -140,7 +150,14 @@ def claims(
                 "Scores are single ones, so these shares are a sensitivity, not a probability: they hold the error "
                 "of the examples drawn, with designs taken as half alike on them, and nothing of the luck of training."
             )
-    if alike:
+        if belief.measured:
+            said.append(
+                f"On the same test examples the outcomes of two designs have a correlation of {belief.correlation:.2f} "
+                "(measured on the retests): what all designs find hard is not held against any of them."
+            )
+    if len(alike) == 1:
+        said.append(f"{label[alike[0].number]} is better than every other design (95 %, corrected for comparing all).")
+    elif alike:
         best = max(alike, key=lambda r: r.validation if r.direction == "maximize" else -r.validation)
         cheap = alike[0]
         said.append(
@@ -149,8 +166,9 @@ def claims(
         )
     if differences:
         found = [d for d in differences if d.corrected < 0.05]
+        how = "by example and seed" if all(d.by_example for d in differences) else "by seed"
         said.append(
-            f"Of {len(differences)} pairs of retested designs, paired by seed, {len(found)} differ at 5 % after "
+            f"Of {len(differences)} pairs of retested designs, paired {how}, {len(found)} differ at 5 % after "
             "Holm's correction" + (": " + ", ".join(_pair(d) for d in found[:6]) if found else "") + "."
         )
     gap = optimism(study.records)
@@ -161,22 +179,22 @@ def claims(
             f"Optimism of selection: the {gap.designs} retested designs scored {i.mean:+.3f}{around} better in "
             "validation, where they were selected, than on test."
         )
+    if len(study.records) > MOST:
+        said.append(
+            f"Bounded for speed: importances, interactions and predicted steps of the ablation path are computed on "
+            f"the last {MOST} complete designs."
+        )
     return [*said, *notes(study), *study.notes]
 
 
 def _pair(d: Difference) -> str:
     first, second = (d.a, d.b) if d.probability >= 0.5 else (d.b, d.a)
-    return f"#{first} over #{second} ({units.score(abs(d.interval.mean))}, p {d.corrected:.2g})"
+    return f"#{first} over #{second} ({units.score(abs(d.interval.mean))}, p {d.corrected:.2g})".replace(
+        "p 0)", "p < 1e-300)"
+    )
 
 
-def _path(complete: Sequence[Record]) -> tuple[Step, ...]:
+def _path(study: Study) -> tuple[Step, ...]:
     """The ablation path from the best textbook design to the best design."""
-    if not complete:
-        return ()
-    sign = 1 if complete[0].direction == "maximize" else -1
-    textbook = [r for r in complete if r.textbook and r.design.get("placements")]
-    if not textbook:
-        return ()
-    start = max(textbook, key=lambda r: sign * r.validation)
-    goal = max(complete, key=lambda r: sign * r.validation)
-    return ablation(complete, start, goal) if start.number != goal.number else ()
+    found = ends(study.records)
+    return ablation(study.records, *found, study.ablations) if found else ()

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from peftscape.analysis.bands import law, law_band, rising, rising_band
 from peftscape.analysis.belief import Belief
 from peftscape.analysis.measures import measure
 from peftscape.spaces.record import Direction, Record
@@ -17,7 +18,6 @@ Kind = Literal["saturating", "isotonic"]
 FEWEST_SIZES = 5
 BIN = 0.15
 """Costs within 0.15 decades (a factor of 1.4) count as one size."""
-_EXPONENTS = np.geomspace(0.02, 3.0, 60)
 
 
 class FitError(ValueError):
@@ -65,7 +65,6 @@ class Curve:
     zero: float | None
     x: Floats
     y: Floats
-    refits: tuple[tuple[Floats, Floats], ...]
 
     def at(self, cost: float) -> Expected:
         """The quality expected at a cost.
@@ -78,19 +77,15 @@ class Curve:
         return self._expected([cost])[0]
 
     def _expected(self, costs: Sequence[float]) -> list[Expected]:
-        """Each refit is evaluated once for all costs."""
         from scipy.special import stdtrit
 
         sign = 1.0 if self.direction == "maximize" else -1.0
-        logs = np.log(np.asarray(costs, dtype=np.float64))
-        values = _predict(self.kind, self.x, self.y, logs)
-        others = np.array([_predict(self.kind, x, y, logs) for x, y in self.refits])
-        lows, highs = np.percentile(others, [2.5, 97.5], axis=0)
+        values, lows, highs = self._band(np.log(np.asarray(costs, dtype=np.float64)))
         freedom = max(self.sizes - (3 if self.kind == "saturating" else 2), 2)
         own = float(stdtrit(freedom, 0.975)) * self.errors[self.kind]
         found = []
         for cost, middle, under, over in zip(costs, values, lows, highs, strict=True):
-            value, low, high = float(middle), float(min(under, middle)), float(max(over, middle))
+            value, low, high = float(middle), float(under), float(over)
             outside = not self.low * (1 - 1e-9) <= cost <= self.high * (1 + 1e-9)
             # Leave-one-out residuals hold the curve's own error once; beyond the data it is vaguer and adds to them.
             reach = math.hypot(own, (high - low) / 2) if outside else own
@@ -99,15 +94,19 @@ class Curve:
             found.append(Expected(sign * value, bounds[0], bounds[1], new[0], new[1], outside))
         return found
 
+    def _band(self, logs: Floats) -> tuple[Floats, Floats, Floats]:
+        """The curve and its band, larger being better."""
+        middle = _predict(self.kind, self.x, self.y, logs)
+        low, high = (law_band if self.kind == "saturating" else rising_band)(self.x, self.y, logs)
+        return middle, np.minimum(low, middle), np.maximum(high, middle)
+
     def cost_for(self, quality: float) -> "CostFor":
         """The least cost at which the curve reaches a quality, looked for up to a hundred times beyond the data."""
         sign = 1.0 if self.direction == "maximize" else -1.0
         grid = np.linspace(math.log(self.low) - math.log(100), math.log(self.high) + math.log(100), 800)
-        middle = _predict(self.kind, self.x, self.y, grid)
-        others = np.array([_predict(self.kind, x, y, grid) for x, y in self.refits])
-        low, high = np.percentile(others, [2.5, 97.5], axis=0)
+        middle, low, high = self._band(grid)
         found = []
-        for curve in (middle, np.maximum(high, middle), np.minimum(low, middle)):
+        for curve in (middle, high, low):
             reached = np.flatnonzero(curve >= sign * quality - 1e-12)
             found.append(float(math.exp(grid[reached[0]])) if len(reached) else None)
         cost = found[0]
@@ -124,17 +123,17 @@ class Curve:
         if self.law is None:
             return "isotonic (no law fits better)"
         a, b, g = self.law
+        if abs(b) < 1e-12:
+            return f"q = {a:.3f} at every cost"
         return f"q = {a:.3f} {'-' if b >= 0 else '+'} {abs(b):.3g} c^-{g:.2f}"
 
 
-def fit_curve(
-    cost: ArrayLike, quality: ArrayLike, *, direction: Direction = "maximize", refits: int = 100, seed: int = 0
-) -> Curve:
+def fit_curve(cost: ArrayLike, quality: ArrayLike, *, direction: Direction = "maximize") -> Curve:
     """The curve of quality against cost: isotonic or a - b c^-g, whichever predicts left-out sizes better.
 
-    The law (b >= 0, 0.02 <= g <= 3) is fitted by least squares, for each g in closed form; the isotonic form
-    is scikit-learn's, linear between sizes in log cost. Intervals are percentiles of refits to resampled
-    leave-one-out residuals. Costs of zero are apart.
+    The law (b >= 0, 0.001 <= g <= 3) is fitted by least squares, for each g in closed form; the isotonic form
+    is linear between sizes in log cost. The curve's interval inverts a likelihood ratio (`bands`); a new
+    design's is t times the error of left-out sizes. Costs of zero are apart.
 
     Raises:
         FitError: with fewer than five distinct sizes.
@@ -153,53 +152,51 @@ def fit_curve(
         raise FitError(f"{sizes} distinct sizes; a curve needs at least {FEWEST_SIZES}")
     kinds: tuple[Kind, ...] = ("saturating", "isotonic")
     errors: dict[Kind, float] = {}
-    lefts: dict[Kind, Floats] = {}
     for kind in kinds:
-        lefts[kind] = np.array([_left_out(kind, x, y, i) for i in range(len(x))])
-        errors[kind] = float(np.sqrt(np.mean((lefts[kind] - y) ** 2)))
+        left = np.array([_left_out(kind, x, y, i) for i in range(len(x))])
+        errors[kind] = float(np.sqrt(np.mean((left - y) ** 2)))
     kind = min(kinds, key=lambda k: errors[k])
-    fitted = _predict(kind, x, y, x)
-    # Leave-one-out residuals: those of the fit itself are too small by the parameters that it spent.
-    rest = y - lefts[kind]
-    rest = rest - rest.mean()
-    rng = np.random.default_rng(seed)
-    again = tuple((x, fitted + rng.choice(rest, len(x))) for _ in range(refits))
-    law = None
+    found = None
     if kind == "saturating":
-        a, b, g = _law(x, y)
-        law = (sign * a, sign * b, g)
+        a, b, g = law(x, y)
+        found = (sign * a, sign * b, g)
     best = float(zero.max() if sign > 0 else zero.min()) if len(zero) else None
-    return Curve(kind, direction, float(np.exp(x[0])), float(np.exp(x[-1])), sizes, errors, law, best, x, y, again)
-
-
-def _law(x: Floats, y: Floats) -> tuple[float, float, float]:
-    """a, b, g of a - b exp(-g x), b >= 0, by least squares on a grid of g."""
-    middle = float(x.mean())
-    powers = np.exp(np.clip(-_EXPONENTS[:, None] * (x - middle)[None, :], -700, 700))
-    off = powers - powers.mean(axis=1, keepdims=True)
-    scale = (off * off).sum(axis=1)
-    b = np.maximum(-(off @ (y - y.mean())) / np.where(scale > 0, scale, 1.0), 0.0)
-    a = y.mean() + b * powers.mean(axis=1)
-    loss = ((a[:, None] - b[:, None] * powers - y) ** 2).sum(axis=1)
-    i = int(np.argmin(loss))
-    g = float(_EXPONENTS[i])
-    return float(a[i]), float(b[i] * math.exp(g * middle)), g
+    return Curve(kind, direction, float(np.exp(x[0])), float(np.exp(x[-1])), sizes, errors, found, best, x, y)
 
 
 def _predict(kind: Kind, x: Floats, y: Floats, at: Floats) -> Floats:
-    if kind == "saturating":
-        a, b, g = _law(x, y)
-        return np.asarray(a - b * np.exp(-g * at))
-    from sklearn.isotonic import isotonic_regression
-
-    sizes, place, counts = np.unique(np.round(x, 9), return_inverse=True, return_counts=True)
-    means = np.bincount(place, weights=y) / counts
-    return np.asarray(np.interp(at, sizes, isotonic_regression(means, sample_weight=counts)))
+    if kind == "isotonic":
+        return rising(x, y, at)
+    a, b, g = law(x, y)
+    return np.asarray(a - b * np.exp(-g * at))
 
 
 def _left_out(kind: Kind, x: Floats, y: Floats, i: int) -> float:
     keep = np.abs(x - x[i]) > 1e-9  # the whole size is left out, not one of its repeats
     return float(_predict(kind, x[keep], y[keep], x[i : i + 1])[0])
+
+
+def leaders(found: Mapping[str, Curve], points: int = 120) -> list[tuple[str, float, float]]:
+    """Which curve leads where: (name, from cost, to cost) in order of cost, of the curves that reach there.
+
+    The curve of the whole ("all methods") is left out; empty with fewer than two others.
+    """
+    own = {name: curve for name, curve in found.items() if name != "all methods"}
+    if len(own) < 2:
+        return []
+    low, high = min(c.low for c in own.values()), max(c.high for c in own.values())
+    spans: list[tuple[str, float, float]] = []
+    for cost in np.geomspace(low, high, points).tolist():
+        here = {n: c for n, c in own.items() if c.low * (1 - 1e-9) <= cost <= c.high * (1 + 1e-9)}
+        if not here:
+            continue
+        sign = 1 if next(iter(here.values())).direction == "maximize" else -1
+        best = max(here, key=lambda n: (sign * here[n].at(cost).value, n))
+        if spans and spans[-1][0] == best:
+            spans[-1] = (best, spans[-1][1], cost)
+        else:
+            spans.append((best, cost, cost))
+    return spans
 
 
 def best_by_size(

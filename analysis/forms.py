@@ -12,6 +12,7 @@ from peftscape.analysis import units
 from peftscape.analysis.figures import front_figure
 from peftscape.analysis.findings import find
 from peftscape.analysis.measures import measured
+from peftscape.analysis.more_figures import curve_traces
 from peftscape.analysis.noise import retest_interval
 from peftscape.analysis.picks import picks
 from peftscape.analysis.report import write_report
@@ -131,7 +132,7 @@ def _picture(study: Study, target: Path) -> Path:
     from plotly.offline import get_plotlyjs
 
     cost = next(iter(units.shown([study.cost.name])), units.SHOWN[0])
-    figure = front_figure(study, cost, picks(study))
+    figure = front_figure(study, cost, picks(study), curve_traces(find(study).curves))
     data = json.dumps(figure, allow_nan=False).replace("<", "\\u003c")
     page = (
         '<!doctype html><meta charset="utf-8"><body style="margin:0"><div id="p" style="width:1200px;height:760px">'

@@ -1,5 +1,6 @@
-"""What matters: importances by Optuna, marginal means, layers and sites, and the path from one design to another."""
+"""What matters: importances by Optuna, interactions of two knobs, and marginal means."""
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peftscape.analysis.designs import Value, features, is_number, knobs, layer_count, layer_list, parts
+from peftscape.analysis.designs import Value, features, is_number, knobs
 from peftscape.analysis.front import Objective, finite
 from peftscape.analysis.measures import is_cost
 from peftscape.analysis.noise import Interval, t_interval
@@ -18,6 +19,9 @@ from peftscape.spaces.record import Record
 
 FEWEST = 20
 """With fewer complete designs no importance is given: a forest on them would describe noise."""
+
+MOST, MARGINAL = 400, 2000
+"""Importances and interactions are computed on so many designs at most, marginal means on so many: the last."""
 
 LEVELS = 6
 """Importances tell so many levels of a choice apart; rarer ones count as one."""
@@ -33,7 +37,7 @@ class Importance:
 
 
 def importances(
-    records: Sequence[Record], target: Objective | str, *, method: str | None = None, most: int = 500
+    records: Sequence[Record], target: Objective | str, *, method: str | None = None, most: int = MOST
 ) -> tuple[Importance, ...]:
     """The knobs by importance for a target, computed by Optuna (Hutter et al. 2014; Watanabe et al. 2023).
 
@@ -44,10 +48,9 @@ def importances(
 
     Returns the empty tuple with fewer than 20 designs or no knob that varies.
     """
-    table = [(r, knobs(r, method) if method else features(r)) for r in records if r.state == "complete"]
-    table = [(r, row) for r, row in table if row][-most:]
+    table = _rows(records, method, most)
     name = target.name if isinstance(target, Objective) else target
-    goal = front_gap([r for r, _ in table]) if target == "front" else None
+    goal = front_gap(records) if target == "front" else None
     values = [goal.get(r.number, math.nan) if goal is not None else target.value(r) for r, _ in table]  # type: ignore[union-attr]
     rows = [(row, v) for (_, row), v in zip(table, values, strict=True) if math.isfinite(v)]
     shared = [k for k in (rows[0][0] if rows else ()) if all(k in row for row, _ in rows)]
@@ -81,8 +84,7 @@ def _study(rows: Sequence[Mapping[str, Value]], values: Sequence[float], maximiz
         seen = [row[key] for row in rows]
         numbers = [v for v in seen if isinstance(v, float)]
         if is_number(seen):
-            wide = min(numbers) > 0 and max(numbers) / min(numbers) >= 10
-            spaces[key] = FloatDistribution(min(numbers), max(numbers), log=wide)
+            spaces[key] = FloatDistribution(min(numbers), max(numbers), log=_wide(numbers))
         else:
             # fANOVA takes minutes with dozens of choices: the rare ones become one.
             common = {name for name, _ in Counter(str(v) for v in seen).most_common(LEVELS - 1)}
@@ -122,171 +124,121 @@ def front_gap(records: Sequence[Record], cost: str = "trainable") -> dict[int, f
     return {able[i].number: float(b - score[i]) for i, b in zip(order, best, strict=True)}
 
 
+@dataclass(frozen=True, eq=False)
+class Interaction:
+    """What two knobs explain together beyond each alone, as a share of what a forest sees in the scores."""
+
+    knobs: tuple[str, str]
+    share: float
+
+
+def interactions(
+    records: Sequence[Record], knobs_: Sequence[str], *, grid: int = 30, background: int = 50, seed: int = 0
+) -> tuple[Interaction, ...]:
+    """The pairs of the knobs by how far the scores depend on both together, the strongest first.
+
+    share = mean((F_jk - F_j - F_k)^2) / var(F), with F a random forest (scikit-learn) of the validation scores
+    and F_j its centred partial dependence at designs drawn from the records: the numerator of Friedman and
+    Popescu's H^2 (2008, eq. 44) over the whole variance. (Optuna's fANOVA gives no pairs.) Below about 0.02 it
+    is the forest's own noise. Empty with fewer than 20 designs.
+    """
+    rows = _rows(records, None)
+    names = [k for k in knobs_ if rows and all(k in row for _, row in rows)]
+    if len(rows) < FEWEST or len(names) < 2:
+        return ()
+    scores = np.array([record.validation for record, _ in rows])
+    if np.ptp(scores) == 0:
+        return ()
+    from sklearn.ensemble import RandomForestRegressor
+
+    shared = [k for k in rows[0][1] if all(k in row for _, row in rows)]
+    columns = {k: _columns([row[k] for _, row in rows]) for k in shared}
+    table = np.concatenate([columns[k] for k in shared], axis=1)
+    ends = np.cumsum([columns[k].shape[1] for k in shared])
+    where = {k: slice(end - columns[k].shape[1], end) for k, end in zip(shared, ends, strict=True)}
+    forest = RandomForestRegressor(n_estimators=40, min_samples_leaf=3, max_features=0.6, random_state=seed)
+    forest.fit(table, scores)
+    rng = np.random.default_rng(seed)
+    at = table[rng.choice(len(table), min(grid, len(table)), replace=False)]
+    behind = table[rng.choice(len(table), min(background, len(table)), replace=False)]
+    sets = [(k,) for k in names] + list(itertools.combinations(names, 2))
+    blocks = []
+    for chosen in sets:
+        block = np.repeat(behind[None], len(at), axis=0)
+        for k in chosen:
+            block[:, :, where[k]] = at[:, None, where[k]]
+        blocks.append(block.reshape(-1, table.shape[1]))
+    answers = forest.predict(np.concatenate(blocks)).reshape(len(sets), len(at), len(behind)).mean(axis=2)
+    effects = {chosen: effect - effect.mean() for chosen, effect in zip(sets, answers, strict=True)}
+    total = float(forest.predict(table).var())
+    if not total > 0:
+        return ()
+    found = [
+        Interaction((a, b), float(np.mean((effects[a, b] - effects[(a,)] - effects[(b,)]) ** 2)) / total)
+        for a, b in itertools.combinations(names, 2)
+    ]
+    return tuple(sorted(found, key=lambda i: (-i.share, i.knobs)))
+
+
+def _columns(values: Sequence[Value]) -> NDArray[np.float64]:
+    """A knob as columns: a number (its log where it spans a factor of ten) or one column a level."""
+    if is_number(values):
+        numbers = np.array([float(v) for v in values])
+        return (np.log(numbers) if _wide(numbers.tolist()) else numbers)[:, None]
+    common = [name for name, _ in Counter(map(str, values)).most_common(LEVELS - 1)]
+    return np.array([[float(str(v) == name) for name in common] + [float(str(v) not in common)] for v in values])
+
+
+def _wide(numbers: Sequence[float]) -> bool:
+    return min(numbers) > 0 and max(numbers) / min(numbers) >= 10
+
+
 @dataclass(frozen=True)
 class Level:
-    """One level of a knob: its name, and the mean score of the designs that have it with a t-interval."""
+    """One level of a knob: its name, the mean score of the designs that have it with a t-interval.
+
+    `at` is the middle of a number's bin, None for a choice.
+    """
 
     name: str
     interval: Interval
+    at: float | None = None
 
 
-def marginal(records: Sequence[Record], knob: str, *, method: str | None = None, bins: int = 5) -> tuple[Level, ...]:
+def marginal(records: Sequence[Record], knob: str, *, method: str | None = None, bins: int = 6) -> tuple[Level, ...]:
     """The mean validation score at each level of a knob, whatever else the designs had; numbers in bins of like counts.
 
     A plain average: where a search tried a level mostly beside good others, it shows their worth too.
     """
-    pairs = []
-    for record in records:
-        if record.state == "complete":
-            row = knobs(record, method) if method else features(record)
-            if knob in row:
-                pairs.append((row[knob], record.validation))
+    pairs = [(row[knob], record.validation) for record, row in _rows(records, method, MARGINAL) if knob in row]
     if not pairs:
         return ()
-    levels: dict[str, list[float]] = {}
     seen = [v for v, _ in pairs]
     if is_number(seen) and len(set(seen)) > bins:
-        numbers = np.array([float(v) for v in seen])
+        numbers, scores = np.array([float(v) for v in seen]), np.array([score for _, score in pairs])
         edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1)))
         place = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, len(edges) - 2)
-        for i in range(len(edges) - 1):
-            name = f"{edges[i]:.3g} to {edges[i + 1]:.3g}"
-            levels[name] = [score for (_, score), p in zip(pairs, place, strict=True) if p == i]
-    else:
-        for value, score in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0])):
-            levels.setdefault(f"{value:g}" if isinstance(value, float) else value, []).append(score)
-    return tuple(Level(name, t_interval(scores)) for name, scores in levels.items() if scores)
+        return tuple(
+            Level(
+                f"{edges[i]:.3g} to {edges[i + 1]:.3g}",
+                t_interval(scores[place == i].tolist()),
+                float(np.median(numbers[place == i])),
+            )
+            for i in range(len(edges) - 1)
+            if (place == i).any()
+        )
+    levels: dict[Value, list[float]] = {}
+    for value, score in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0])):
+        levels.setdefault(value, []).append(score)
+    return tuple(
+        Level(f"{value:g}", t_interval(scores), value) if isinstance(value, float) else Level(value, t_interval(scores))
+        for value, scores in levels.items()
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class Heat:
-    """Layers by sites: how much better than expected at their cost designs are that adapt there (NaN: unknown)."""
-
-    layers: tuple[str, ...]
-    sites: tuple[str, ...]
-    gain: NDArray[np.float64]
-    error: NDArray[np.float64]
-    count: NDArray[np.int64]
-
-
-def heat_map(records: Sequence[Record], cost: str = "trainable", fewest: int = 4) -> Heat | None:
-    """Where parameters pay: at each layer and site, the mean gain of designs that adapt it minus that of the rest.
-
-    A design's gain is its score minus a parabola in log cost fitted to all designs. Cells with fewer than
-    `fewest` designs on either side are NaN; None where no cell is left. An association, not an experiment:
-    sites that are adapted together share their gain.
-    """
-    placed = [r for r in records if r.state == "complete" and r.design.get("placements")]
-    if len(placed) < 2 * fewest:
-        return None
-    quality = Objective(placed[0].metric, placed[0].direction)
-    able, values = finite(placed, (quality, Objective(cost, "minimize")))
-    if len(able) < 2 * fewest:
-        return None
-    x = np.log1p(values[:, 1])
-    rest = values[:, 0].copy()
-    if np.ptp(x) > 0:
-        x = (x - x.mean()) / x.std()
-        basis = np.column_stack([np.ones(len(x)), x, x * x])
-        rest = rest - basis @ np.linalg.lstsq(basis, rest, rcond=None)[0]
-    if quality.direction == "minimize":
-        rest = -rest
-    count = layer_count(able)
-    cells: dict[tuple[int, str], set[int]] = {}
-    for i, record in enumerate(able):
-        for placement in record.design["placements"]:
-            if isinstance(placement, Mapping) and isinstance(placement.get("sites"), (list, tuple)):
-                for layer in layer_list(placement.get("layers", "all"), count):
-                    for site in placement["sites"]:
-                        cells.setdefault((layer, str(site)), set()).add(i)
-    sites = sorted({site for _, site in cells})
-    shape = (count, len(sites))
-    gain, error, counts = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, dtype=np.int64)
-    for (layer, site), inside in cells.items():
-        mask = np.zeros(len(able), dtype=bool)
-        mask[list(inside)] = True
-        at = (layer, sites.index(site))
-        counts[at] = mask.sum()
-        if min(mask.sum(), (~mask).sum()) >= fewest:
-            gain[at] = rest[mask].mean() - rest[~mask].mean()
-            error[at] = math.sqrt(rest[mask].var(ddof=1) / mask.sum() + rest[~mask].var(ddof=1) / (~mask).sum())
-    if not np.isfinite(gain).any():
-        return None
-    names = ("all",) if count == 1 else tuple(str(i) for i in range(count))
-    return Heat(names, tuple(sites), gain, error, counts)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of an ablation path: what changed, the score after it, and its record's number, None if predicted."""
-
-    change: str
-    score: float
-    number: int | None
-
-
-def ablation(records: Sequence[Record], start: Record, goal: Record) -> tuple[Step, ...]:
-    """From one design to another, one change at a time, each time the change that scores best next.
-
-    A change adds or drops a method, or sets one knob. A step's score is that of a record of exactly this
-    design where one is complete, else predicted by a random forest (scikit-learn) fitted to all complete
-    designs. The first step is `start`, the last `goal`.
-    """
-    known = {_frozen(parts(r)): r for r in reversed(records) if r.state == "complete"}
-    here, there = parts(start), parts(goal)
-    steps = [Step("start", start.validation, start.number)]
-    predict = None
-    sign = 1 if goal.direction == "maximize" else -1
-    while _frozen(here) != _frozen(there):
-        options = _changes(here, there)
-        scored = []
-        for change, design in options:
-            record = goal if _frozen(design) == _frozen(there) else known.get(_frozen(design))
-            if record is None and predict is None:
-                predict = _forest([r for r in records if r.state == "complete"])
-            score = record.validation if record else predict(design)  # type: ignore[misc]
-            scored.append((sign * score, Step(change, score, record.number if record else None), design))
-        _, step, here = max(scored, key=lambda item: (item[0], item[1].change))
-        steps.append(step)
-    return tuple(steps)
-
-
-Design = dict[str, dict[str, Value]]
-
-
-def _changes(here: Design, there: Design) -> list[tuple[str, Design]]:
-    found = []
-    for method in sorted({*here, *there}):
-        if method not in there:
-            found.append((f"without {method}", {m: k for m, k in here.items() if m != method}))
-        elif method not in here:
-            found.append((f"with {method}", {**here, method: there[method]}))
-        else:
-            for key in sorted({*here[method], *there[method]}):
-                old, new = here[method].get(key), there[method].get(key)
-                if old != new:
-                    own = {k: v for k, v in here[method].items() if k != key}
-                    own |= {key: new} if new is not None else {}
-                    said = f"{new:.4g}" if isinstance(new, float) else "default" if new is None else new
-                    found.append((f"{method} {key} {said}", {**here, method: own}))
-    return found
-
-
-def _frozen(design: Design) -> Any:
-    return frozenset((m, frozenset(k.items())) for m, k in design.items())
-
-
-def _forest(records: Sequence[Record]) -> Any:
-    """A function from a design to its predicted score."""
-    from sklearn.ensemble import RandomForestRegressor
-    from sklearn.feature_extraction import DictVectorizer
-
-    def row(design: Design) -> dict[str, Value]:
-        flat: dict[str, Value] = {f"has {m}": 1.0 for m in design}
-        return flat | {f"{m}.{k}": v for m, own in design.items() for k, v in own.items()}
-
-    encode = DictVectorizer(sparse=False)
-    table = encode.fit_transform([row(parts(r)) for r in records])
-    forest = RandomForestRegressor(n_estimators=100, min_samples_leaf=2, random_state=0)
-    forest.fit(table, [r.validation for r in records])
-    return lambda design: float(forest.predict(encode.transform([row(design)]))[0])
+def _rows(records: Sequence[Record], method: str | None, most: int = MOST) -> list[tuple[Record, dict[str, Value]]]:
+    """The last `most` complete records with what their designs have, or one method's knobs."""
+    complete = [r for r in records if r.state == "complete"]
+    if method is None:
+        return [(r, features(r)) for r in complete[-most:]]
+    return [(r, row) for r in complete if (row := knobs(r, method))][-most:]

@@ -61,8 +61,11 @@ def measured(records: Iterable[Record]) -> tuple[str, ...]:
     """The names that some complete record has: metrics first, then the costs."""
     metrics: dict[str, None] = {}
     for record in records:
-        metrics |= dict.fromkeys([record.metric] if record.state == "complete" else [])
-        metrics |= dict.fromkeys(record.columns if isinstance(record, Imported) else COSTS)
+        if record.state == "complete":
+            metrics[record.metric] = None
+        names = record.columns if isinstance(record, Imported) else COSTS
+        if not metrics.keys() >= set(names):
+            metrics |= dict.fromkeys(names)
     costs = [name for name in (*COSTS, *OTHER_COSTS) if name in metrics]
     return (*(name for name in metrics if name not in costs), *costs)
 

@@ -83,8 +83,8 @@ def _imported(study: Study, complete: list[Record]) -> list[str]:
     if len(sizes) == 1 and 0 < (best := max(record.validation for record in complete)) < 1:
         alike, apart = (100 * smallest_difference(sizes[0], best, correlation=c) for c in (0.5, 0.0))
         found.append(
-            f"A {name} of {best:.3f} on {sizes[0]:,} examples differs from another only from about {alike:.1f} points "
-            f"({apart:.1f} if two designs err independently); closer designs are not told apart."
+            f"On {sizes[0]:,} examples {name} {best:.3f} differs from another design's only from about "
+            f"{alike:.1f} points ({apart:.1f} if two designs err independently); closer designs are not told apart."
         )
     elif not sizes:
         found.append(f"On how many examples {name} was measured is not known, so scores stand without intervals.")

@@ -9,25 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from peftscape.analysis import units
+from peftscape.analysis.ablation import Step, missing
 from peftscape.analysis.figures import front_figure, hovers, spread_of
 from peftscape.analysis.findings import Findings, find
+from peftscape.analysis.fit import Curve, leaders
 from peftscape.analysis.front import best_under, finite, front, knee
 from peftscape.analysis.measures import Imported, measure, measured
 from peftscape.analysis.more_figures import (
     curve_traces,
     heat_figure,
     importance_figure,
-    marginal_figure,
+    marginal_figures,
     tuning_figure,
 )
 from peftscape.analysis.noise import retest_interval
 from peftscape.analysis.notes import spent
+from peftscape.analysis.page import render
 from peftscape.analysis.picks import Pick, picks
 from peftscape.analysis.sources import Study
 from peftscape.analysis.table import cost_text, spread
 from peftscape.spaces.record import Record
 
 _SIZES = ("Small", "Medium", "Large")
+FLOOR = 0.02
+"""Interactions below this share are the forest's own noise, and not shown."""
 
 
 def write_report(study: Study, path: str | Path) -> Path:
@@ -39,31 +44,15 @@ def write_report(study: Study, path: str | Path) -> Path:
     Raises:
         OSError: if the file cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    env = Environment(
-        loader=PackageLoader("peftscape.analysis", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = find(study)
-    text = env.get_template("report.html").render(
+    return render(
+        "report.html",
+        path,
         **_contents(study, found),
-        extras=Markup(_script_json(_extras(study, found))),
-        plotly=Markup(get_plotlyjs()),  # plotly's own code; nothing of a record is in it
-        figures=Markup(_script_json(_figures(study, found))),
-        hovers=Markup(_script_json(hovers(study))),
+        extras=_extras(study, found),
+        figures=_figures(study, found),
+        hovers=hovers(study),
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved, so that an interrupted report never replaces a whole one.
-    beside = target.with_name(target.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(target)
 
 
 def _figures(study: Study, found: Findings) -> list[dict[str, Any]]:
@@ -84,7 +73,7 @@ def _extras(study: Study, found: Findings) -> dict[str, Any]:
     figures = {
         "tuning": tuning_figure(found.tuning, metric) if found.tuning else None,
         "importance": importance_figure(found.importances) if found.importances else None,
-        "marginals": marginal_figure(found.marginals, metric) if found.marginals else None,
+        **{f"marginal{i}": figure for i, figure in enumerate(marginal_figures(found.marginals, metric))},
         "heat": heat_figure(found.heat) if found.heat else None,
     }
     return {name: figure for name, figure in figures.items() if figure}
@@ -97,6 +86,7 @@ def _findings(study: Study, found: Findings) -> dict[str, Any]:
     inside = {r.number: i for i, r in enumerate(found.members)}
     likely.sort(key=lambda d: (study.cost.value(d.record), inside.get(d.record.number, 0)))
     cost = next(iter(units.shown([study.cost.name])), units.SHOWN[0])
+    whole = found.curves.get("all methods")
     fits = [
         (
             name,
@@ -121,18 +111,74 @@ def _findings(study: Study, found: Findings) -> dict[str, Any]:
         ],
         "alike": [_row(record, study) for record in found.alike],
         "fits": fits,
-        "refused": [(name, why) for name, why in found.refused.items()],
+        "refused": _refused(found),
+        "expected": _expected(whole, study) if whole else [],
+        "prices": _prices(whole, cost.unit) if whole else [],
+        "leaders": [
+            (name, units.amount(low, cost.unit), units.amount(high, cost.unit))
+            for name, low, high in leaders(found.curves)
+        ],
         "path": [
-            (
-                step.change,
-                units.score(step.score),
-                f"recorded, #{step.number}" if step.number is not None else "predicted",
-            )
+            (step.change, f"{units.score(step.score)} ± {units.score(1.96 * step.error)}", _origin(step))
             for step in found.path
         ],
+        "gaps": len(missing(found.path)),
+        "pairs": [(" and ".join(i.knobs), f"{i.share:.0%}") for i in found.interactions if i.share >= FLOOR][:6],
+        "paired": bool(found.interactions),
         "extra": sorted(_extras(study, found)),
         "hours": _hours(found),
     }
+
+
+def _refused(found: Findings) -> list[tuple[str, str]]:
+    """Each reason for no curve, with those whom it concerns."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.refused.items():
+        reasons.setdefault(why, []).append(name)
+    return [(", ".join(names), why) for why, names in reasons.items()]
+
+
+def _expected(curve: Curve, study: Study) -> list[tuple[str, str, str, str]]:
+    """The quality expected at round costs within the data and at ten times beyond, with both intervals."""
+    limits = _steps(curve.low, curve.high)
+    costs = [float(limit) for limit in limits if curve.low <= limit <= curve.high][:7]
+    rows = []
+    for cost in [*costs, 10 * curve.high]:
+        found = curve.at(cost)
+        curve_text, new_text = (
+            f"{units.score(low)} to {units.score(high)}"
+            for low, high in ((found.low, found.high), (found.new_low, found.new_high))
+        )
+        said = _limit(study, cost) + (" (extrapolated)" if found.extrapolated else "")
+        rows.append((said, units.score(found.value), curve_text, new_text))
+    return rows
+
+
+def _prices(curve: Curve, unit: str) -> list[tuple[str, str, str]]:
+    """The cost expected for qualities between the curve's ends, and one above."""
+    low, high = (curve.at(end).value for end in (curve.low, curve.high))
+    rows = []
+    for share in (0.25, 0.5, 0.75, 1.1):
+        found = curve.cost_for(low + share * (high - low))
+        ends = [units.amount(end, unit) if end is not None else "not reached" for end in (found.low, found.high)]
+        said = "not reached" if found.cost is None else units.amount(found.cost, unit)
+        said += " (extrapolated)" if found.cost is not None and found.extrapolated else ""
+        rows.append((units.score(low + share * (high - low)), said, " to ".join(ends)))
+    return rows if high != low else []
+
+
+def _steps(low: float, high: float) -> tuple[float, ...]:
+    """Round limits from low to high; where they lie close together, as memory does, evenly spaced ones."""
+    found: tuple[float, ...] = units.round_limits(low, high)
+    if len(found) < 3 and high > low:
+        found = (*(tick for tick in units.log_ticks(low, high)[0] if tick >= low), math.ceil(high))
+    return found
+
+
+def _origin(step: Step) -> str:
+    if step.number is None:
+        return "predicted"
+    return f"recorded for this path ({step.number})" if step.ablation else f"recorded, #{step.number}"
 
 
 def _hours(found: Findings) -> list[tuple[str, list[str]]]:
@@ -218,7 +264,6 @@ def _costs(study: Study) -> tuple[units.Cost, ...]:
 
 def _card(study: Study, pick: Pick, found: Findings) -> dict[str, Any]:
     record, cheaper = pick.record, pick.cheaper
-    run = shlex.quote(study.source)
     interval = retest_interval(record)
     return {
         **_row(record, study),
@@ -226,10 +271,23 @@ def _card(study: Study, pick: Pick, found: Findings) -> dict[str, Any]:
         "interval": spread_of(record),
         "seeds": interval.n if interval else 0,
         "facts": [(cost.short, cost_text(record, cost)) for cost in _costs(study)],
-        # Other people's runs left no adapter to export; their name is what repeats them.
-        "command": "" if study.imported else f"peftscape export {run} --trial {record.number} adapter-{record.number}",
+        "command": _command(study, record),
         "cheaper": _row(cheaper, study) if cheaper else None,
     }
+
+
+def _command(study: Study, record: Record) -> str:
+    """What exports the design's adapter from a run's folder; from any other source, what trains the design.
+
+    Other people's runs left neither an adapter nor a design of this package: their name is what repeats them.
+    """
+    if study.imported:
+        return ""
+    if "://" in study.source or Path(study.source).is_file():
+        design = shlex.quote(json.dumps(record.design, ensure_ascii=False, default=str))
+        name = f"design-{record.number}.json"
+        return f"printf %s {design} > {name}; peftscape train {name} --out adapter-{record.number}"
+    return f"peftscape export {shlex.quote(study.source)} --trial {record.number} adapter-{record.number}"
 
 
 def _row(record: Record, study: Study, members: frozenset[int] | set[int] = frozenset()) -> dict[str, Any]:
@@ -261,7 +319,7 @@ def _limits(study: Study) -> list[dict[str, Any]]:
     _, values = finite(study.records, axes)
     if not len(values) or study.cost.direction != "minimize":
         return []
-    limits = units.round_limits(float(values[:, 1].min()), float(values[:, 1].max()))
+    limits = _steps(float(values[:, 1].min()), float(values[:, 1].max()))
     best = best_under(study.records, limits, quality=study.quality, cost=study.cost.name)
     rows: list[dict[str, Any]] = []
     for limit, record in zip(limits, best, strict=True):
@@ -278,9 +336,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key}"
         rows += _flat(value, name + ".") if isinstance(value, Mapping) else [(name, str(value))]
     return rows
-
-
-def _script_json(value: Any) -> str:
-    """JSON that is safe inside <script>: no `<` is left, so that no text can close the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

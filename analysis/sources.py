@@ -12,12 +12,14 @@ from typing import Any
 
 from peftscape.analysis.front import Objective, ObjectiveError, parse_objectives
 from peftscape.analysis.measures import Imported, is_cost, measured
+from peftscape.analysis.outcomes import of_score
 from peftscape.analysis.peft_results import is_peft_folder, read_peft
 from peftscape.analysis.rows import RowsError, flat_objects, imported, read_csv
 from peftscape.spaces.record import COSTS, Failure, Record, RecordError, Score, State
+from peftscape.spaces.seal import broken
 
-RETEST = ".retest"
-"""The study of a study's retests is called by its name with this at the end."""
+RETEST, ABLATION = ".retest", ".ablation"
+"""The studies of a study's retests and of its ablation path are called by its name with these at the end."""
 
 
 class SourceError(ValueError):
@@ -29,7 +31,11 @@ class Study:
     """Records with what is needed to repeat them.
 
     `source` is what `load` was given, fit to be shown (no password); `elapsed_s` the time from the first
-    trial's start to the last trial's end, pauses included; `notes` what was odd in the source.
+    trial's start to the last trial's end, pauses included; `ended_s` the seconds from that start to each
+    trial's end, by number, where the source knows them; `ablations` the records that were made for the path
+    from a textbook design to the best and count nowhere else; `notes` what was odd in the source; `spent` what
+    the search spent and on what, by name (`search.account.Account`), over all its sessions: `wall_s` of it is
+    the search's own time, without pauses, and by a clock that no change of the date moves.
     """
 
     name: str
@@ -39,7 +45,10 @@ class Study:
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     environment: Mapping[str, Any] = field(default_factory=dict, hash=False)
     elapsed_s: float | None = None
+    ended_s: Mapping[int, float] = field(default_factory=dict, hash=False)
+    ablations: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
+    spent: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def quality(self) -> Objective:
@@ -129,22 +138,28 @@ def load(source: str | Path, *, name: str | None = None) -> Study:
         raise SourceError(f"{path}: not text: {error}") from None
 
 
-def from_optuna(study: Any, retests: Any = None, *, source: str = "") -> Study:
-    """The study in an `optuna.Study`, with the `optuna.Study` of its retests.
+def from_optuna(study: Any, retests: Any = None, ablations: Any = None, *, source: str = "") -> Study:
+    """The study in an `optuna.Study`, with the `optuna.Study` of its retests and that of its ablation path.
 
     Raises:
         SourceError: if a record is not valid.
     """
     notes: list[str] = []
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING" and "known" not in t.user_attrs]
     attrs = study.user_attrs
     records: dict[int, Record] = {}
+    made: list[Record] = []
     errors: list[str] = []
     for trial in trials:
         try:
-            records[trial.number] = _record(trial, study)
+            records[trial.number] = trial_record(trial, study)
         except RecordError as error:
             errors.append(f"trial {trial.number}: {error}")
+    for trial in ablations.get_trials(deepcopy=False) if ablations is not None else ():
+        try:
+            made += [Record.from_json(trial.user_attrs["record"])] if "record" in trial.user_attrs else []
+        except RecordError as error:
+            errors.append(f"ablation trial {trial.number}: {error}")
     if errors:
         raise SourceError(_several(study.study_name, errors))
     if retests is not None:
@@ -160,8 +175,27 @@ def from_optuna(study: Any, retests: Any = None, *, source: str = "") -> Study:
         config=attrs.get("config", {}),
         environment=attrs.get("environment", {}),
         elapsed_s=(max(ends) - min(starts)).total_seconds() if starts and ends else None,
+        ended_s={
+            trial.number: (trial.datetime_complete - min(starts)).total_seconds()
+            for trial in trials
+            if trial.datetime_complete and starts
+        },
+        ablations=tuple(made),
         notes=tuple(notes),
+        spent=_spent(attrs),
     )
+
+
+def _spent(attrs: Mapping[str, Any]) -> dict[str, float]:
+    """The accounts of all sessions, added up; their wall-clock time counts once where they ran side by side."""
+    accounts = [value for key, value in attrs.items() if key.startswith("worker/")]
+    if not accounts:
+        return {}
+    left_out = ("beat", "ended", "joined_s", "wall_s", "promised_s", "promised_examples", "unsaved_s")
+    names = [name for name in accounts[0] if name not in left_out]
+    total = {name: sum(account.get(name, 0) for account in accounts) for name in names}
+    wall = max(account["joined_s"] + account["wall_s"] for account in accounts)
+    return {"sessions": len(accounts), "wall_s": wall, **total}
 
 
 def _load_storage(url: str, name: str | None, *, shown: str) -> Study:
@@ -173,15 +207,18 @@ def _load_storage(url: str, name: str | None, *, shown: str) -> Study:
         raise SourceError(f"{shown}: no such file")
     storage = RDBStorage(url)
     try:
-        names = [found for found in optuna.get_all_study_names(storage) if not found.endswith(RETEST)]
+        names = [found for found in optuna.get_all_study_names(storage) if not found.endswith((RETEST, ABLATION))]
         if name not in names and (name or len(names) != 1):
             what = f'no study "{name}"' if name else "expected one study, or the name of one"
             raise SourceError(f"{shown}: {what}; it holds {', '.join(names) or 'none'}")
         name = name or names[0]
         study = optuna.load_study(study_name=name, storage=storage)
-        has_retests = name + RETEST in optuna.get_all_study_names(storage)
-        retests = optuna.load_study(study_name=name + RETEST, storage=storage) if has_retests else None
-        return from_optuna(study, retests, source=shown)
+        there = optuna.get_all_study_names(storage)
+        others = [
+            optuna.load_study(study_name=name + end, storage=storage) if name + end in there else None
+            for end in (RETEST, ABLATION)
+        ]
+        return from_optuna(study, *others, source=shown)
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -221,10 +258,16 @@ def _load_lines(path: Path) -> Study:
 _STATES: dict[str, State] = {"RUNNING": "running", "PRUNED": "pruned", "FAIL": "failed", "COMPLETE": "failed"}
 
 
-def _record(trial: Any, study: Any) -> Record:
-    """The trial's record, or one that says that it has none."""
+def trial_record(trial: Any, study: Any) -> Record:
+    """The record of an Optuna trial, or one that says that it has none.
+
+    Raises:
+        RecordError: it is not valid, or not the one that was sealed.
+    """
     data = trial.user_attrs.get("record")
     if data is not None:
+        if problem := broken(trial):
+            raise RecordError(problem)
         return Record.from_json(data)
     state = _STATES[trial.state.name]
     message = "Optuna calls it complete, but it has no record" if trial.state.name == "COMPLETE" else ""
@@ -268,6 +311,8 @@ def _add_retests(records: dict[int, Record], trials: Sequence[Any], notes: list[
             notes.append(f"a retest of trial {of} lacks its seed or score, and was left out")
             continue
         score = Score(**{key: value for key, value in retest.items() if key in _SCORE})
+        if score.outcomes is not None and of_score(score) is None:
+            notes.append(f"the outcomes of trial {of} with seed {score.seed} cannot be read, and are not used")
         values = [value for value in (score.validation, score.test) if value is not None]
         if of not in records:
             notes.append(f"a retest of trial {of}, which is not in the study, was left out")

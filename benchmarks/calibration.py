@@ -1,103 +1,167 @@
 """Whether the statistics keep their promises: python benchmarks/calibration.py [CASES]  (default 1,000).
 
-Simulated searches with known truth: coverage of 95 % intervals with 3 and 10 seeds, the reliability of front
-probabilities (against plain resampling around the scores seen), the false positives of "better than" under no
-difference, the coverage of fitted curves for new designs, and how often the truly best is in its set.
+Simulated searches with known truth: coverage of 95 % intervals with 3, 5 and 10 seeds, of shrunken scores and of
+fitted curves; the reliability of front probabilities (against plain resampling around the scores seen); the false
+positives of "better than" under no difference, paired by seed and by example; how often the truly best is in its
+set; runs compared. The results go to benchmarks/results/calibration.json.
 """
 
 import itertools
+import json
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peftscape.analysis.compare import as_good_as_best, holm, paired
+from peftscape.analysis.belief import believe
+from peftscape.analysis.compare import as_good_as_best, holm, paired, paired_by_example
 from peftscape.analysis.fit import fit_curve
 from peftscape.analysis.noise import t_interval
+from peftscape.analysis.runs import compare_runs
 from peftscape.analysis.shrink import front_probability, posterior
 
-Floats = NDArray[np.float64]
-EDGES = (0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.01)
+# The searches are those of the tests, so that both simulate the same.
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests" / "analysis"))
+from simulated import AXES, CURVES, Floats, answers, on_front, reliability, search, searched  # noqa: E402
+
+WAYS: Any = ["maximize", "minimize"]
 
 
-def search(rng: np.random.Generator, kind: str, n: int, noise: float) -> tuple[Floats, Floats, Floats]:
-    """Costs, true scores and scores seen: an edge with a tail below, a symmetric cloud, or an edge with failures."""
-    cost = np.exp(rng.uniform(np.log(1e3), np.log(3e6), n))
-    edge = 0.955 - 0.8 * (cost + 500) ** -0.28
-    if kind == "edge":
-        truth = edge - rng.gamma(1.2, 0.02, n)
-    elif kind == "cloud":
-        truth = edge + rng.normal(0, 0.015, n)
-    else:
-        truth = edge - np.where(rng.random(n) < 0.2, rng.uniform(0.2, 0.7, n), rng.gamma(1.5, 0.015, n))
-    return cost, truth, truth + rng.normal(0, noise, n)
+def seeds_cover(rng: np.random.Generator, cases: int, seeds: int) -> float:
+    """How often the t-interval over seeds holds the mean."""
+    found = [t_interval(rng.normal(0.9, 0.01, seeds).tolist()) for _ in range(cases)]
+    return float(np.mean([i.low <= 0.9 <= i.high for i in found]))
 
 
-def on_front(cost: Floats, quality: Floats) -> Floats:
-    """1 where a design is on the front."""
-    order = np.argsort(cost)
-    member = np.empty(len(cost))
-    member[order] = quality[order] >= np.maximum.accumulate(quality[order])
-    return member
-
-
-def table(said: Floats, seen: Floats) -> str:
-    """said/seen (how many) a bin of said."""
-    cells = []
-    for low, high in itertools.pairwise(EDGES):
-        inside = (said >= low) & (said < high)
-        if inside.any():
-            cells.append(f"{said[inside].mean():.2f}/{seen[inside].mean():.2f} ({inside.sum()})")
-    return "  ".join(cells)
-
-
-def main(cases: int) -> None:
-    """Prints a line a figure."""
-    rng = np.random.default_rng(0)
-    for seeds in (3, 5, 10):
-        held = []
-        for _ in range(cases):
-            found = t_interval(rng.normal(0.9, 0.01, seeds).tolist())
-            held.append(found.low <= 0.9 <= found.high)
-        print(f"t-interval, {seeds} seeds: covers {np.mean(held):.3f}")
+def false_by_seed(rng: np.random.Generator, cases: int) -> float:
+    """How often 15 pairs of like designs, 4 seeds each, show a difference."""
     false = 0
     for _ in range(cases):
         luck = rng.normal(0.9, 0.01, (6, 4))
         ps = [paired(luck[i].tolist(), luck[j].tolist()).p for i in range(6) for j in range(i)]
         false += bool((holm(ps) < 0.05).any())
-    print(f"better than, 15 pairs, no difference: a false positive in {false / cases:.3f} (level 0.05)")
-    held = []
+    return false / cases
+
+
+def by_example(rng: np.random.Generator, cases: int, seeds: int) -> tuple[float, float]:
+    """False positives of 15 pairs of like designs, and the coverage of a true difference of 0.02."""
+    false, held = 0, []
+    for _ in range(cases):
+        given = answers(rng, np.full(6, 0.9), seeds, 500, 0.006)
+        ps = [paired_by_example(given[i], given[j]).p for i in range(6) for j in range(i)]
+        false += bool((holm(ps) < 0.05).any())
+        apart = answers(rng, np.array([0.92, 0.9]), seeds, 500, 0.006)
+        found = paired_by_example(apart[0], apart[1]).interval
+        held.append(found.low <= 0.02 <= found.high)
+    return false / cases, float(np.mean(held))
+
+
+def best_is_kept(rng: np.random.Generator, cases: int) -> tuple[float, float]:
+    """How often the truly best of 25 is in its set, and how many the set holds."""
+    held, sizes = [], []
     for _ in range(cases):
         truth = rng.normal(0.9, 0.01, 25)
-        held.append(as_good_as_best(truth + rng.normal(0, 0.01, 25), np.full(25, 0.01))[truth.argmax()])
-    print(f"the truly best is in the set of 25: {np.mean(held):.3f}")
-    for n in (8, 15, 30):
-        new, band = [], []
-        for case in range(max(cases // 5, 20)):
-            cost = np.exp(rng.uniform(7, 16, n))
-            curve = fit_curve(cost, 0.95 - 0.8 * cost**-0.25 + rng.normal(0, 0.01, n), refits=100, seed=case)
-            for c in np.exp(rng.uniform(np.log(curve.low), np.log(curve.high), 5)):
-                found, true = curve.at(float(c)), 0.95 - 0.8 * c**-0.25
-                band.append(found.low <= true <= found.high)
-                new.append(found.new_low <= true + rng.normal(0, 0.01) <= found.new_high)
-        print(f"fitted curve, {n} sizes: band covers {np.mean(band):.3f}, new designs {np.mean(new):.3f}")
-    for kind in ("edge", "cloud", "failures"):
-        for n in (20, 60):
-            for noise in (0.005, 0.015):
-                said, plain, seen, held = [], [], [], []
-                for case in range(max(cases // 10, 10)):
-                    cost, truth, scores = search(rng, kind, n, noise)
-                    after = posterior(scores, np.full(n, noise), cost, draws=400, seed=case)
-                    low, high = after.interval()
-                    held.append(np.mean((low <= truth) & (truth <= high)))
-                    said.append(front_probability(after.draws, cost, ["maximize", "minimize"]))
-                    raw = scores + noise * rng.standard_normal((400, n))
-                    plain.append(front_probability(raw, cost, ["maximize", "minimize"]))
-                    seen.append(on_front(cost, truth))
-                s, p, m = np.concatenate(said), np.concatenate(plain), np.concatenate(seen)
-                print(f"\n{kind}, {n} designs, noise {noise}: shrunken intervals cover {np.mean(held):.3f}")
-                print(f"  shrunken  {table(s, m)}  Brier {np.mean((s - m) ** 2):.4f}")
-                print(f"  resampled {table(p, m)}  Brier {np.mean((p - m) ** 2):.4f}", flush=True)
+        kept = as_good_as_best(truth + rng.normal(0, 0.01, 25), np.full(25, 0.01))
+        held.append(kept[truth.argmax()])
+        sizes.append(kept.sum())
+    return float(np.mean(held)), float(np.mean(sizes))
+
+
+def curves_cover(rng: np.random.Generator, cases: int, name: str, n: int) -> dict[str, float]:
+    """How often the curve's interval holds the true curve, and a new design's interval a new design."""
+    truth, band, new, laws = CURVES[name], [], [], []
+    for _ in range(cases):
+        x = np.sort(rng.uniform(7, 16, n))
+        curve = fit_curve(np.exp(x), truth(x) + rng.normal(0, 0.01, n))
+        laws.append(curve.kind == "saturating")
+        for at in rng.uniform(x[0], x[-1], 5):
+            found, true = curve.at(float(np.exp(at))), float(truth(at))
+            band.append(found.low <= true <= found.high)
+            new.append(found.new_low <= true + rng.normal(0, 0.01) <= found.new_high)
+    return {"curve": float(np.mean(band)), "new designs": float(np.mean(new)), "law chosen": float(np.mean(laws))}
+
+
+def shrunken(rng: np.random.Generator, cases: int, kind: str, n: int, noise: float) -> dict[str, Any]:
+    """Coverage of shrunken scores, and front probabilities against what was so and against plain resampling."""
+    said, plain, seen, held = [], [], [], []
+    for case in range(cases):
+        cost, truth, scores = search(rng, kind, n, noise)
+        after = posterior(scores, np.full(n, noise), cost, draws=400, seed=case)
+        low, high = after.interval()
+        held.append(np.mean((low <= truth) & (truth <= high)))
+        said.append(front_probability(after.draws, cost, WAYS))
+        plain.append(front_probability(scores + noise * rng.standard_normal((400, n)), cost, WAYS))
+        seen.append(on_front(cost, truth))
+    return {"covers": float(np.mean(held)), **_chances(said, plain, seen)}
+
+
+def _chances(said: list[Floats], plain: list[Floats], seen: list[Floats]) -> dict[str, Any]:
+    s, p, m = np.concatenate(said), np.concatenate(plain), np.concatenate(seen)
+    return {
+        "said, so, how many": reliability(s, m),
+        "Brier": float(np.mean((s - m) ** 2)),
+        "resampled: said, so, how many": reliability(p, m),
+        "resampled: Brier": float(np.mean((p - m) ** 2)),
+    }
+
+
+def whole_searches(rng: np.random.Generator, cases: int, seeds: int) -> dict[str, Any]:
+    """Everything together: records with retests and outcomes in, shrunken intervals and front probabilities out."""
+    every, again, said, seen = [], [], [], []
+    for _ in range(cases):
+        records, truth = searched(rng, seeds=seeds)
+        belief = believe(records, AXES, draws=400)
+        assert belief is not None
+        inside = np.array([b.score.low <= t <= b.score.high for b, t in zip(belief.designs, truth, strict=True)])
+        retested = np.array([bool(r.retests) for r in records])
+        every.append(inside.mean())
+        again.append(inside[retested].mean())
+        said.append(np.array([b.on_front for b in belief.designs]))
+        seen.append(on_front(np.array([r.costs.trainable if r.costs else 0 for r in records]), truth))
+    s, m = np.concatenate(said), np.concatenate(seen)
+    return {
+        "covers": float(np.mean(every)),
+        "covers, retested": float(np.mean(again)),
+        "said, so, how many": reliability(s, m),
+        "Brier": float(np.mean((s - m) ** 2)),
+    }
+
+
+def runs_apart(rng: np.random.Generator, cases: int) -> float:
+    """How often 5 runs a group with no difference are told apart at 5 %."""
+    return float(np.mean([compare_runs(*rng.normal(0.8, 0.02, (2, 5)).tolist()).p < 0.05 for _ in range(cases)]))
+
+
+def main(cases: int) -> None:
+    """Prints each figure as it comes, and writes them all."""
+    rng = np.random.default_rng(0)
+    results: dict[str, Any] = {"cases": cases}
+
+    def tell(name: str, value: Any) -> None:
+        results[name] = value
+        print(f"{name}: {json.dumps(value)}", flush=True)
+
+    started = time.process_time()
+    for seeds in (3, 5, 10):
+        tell(f"t-interval, {seeds} seeds: covers", seeds_cover(rng, cases, seeds))
+    tell("better than, by seed, 15 pairs, no difference: false positives (level 0.05)", false_by_seed(rng, cases))
+    for seeds in (3, 10):
+        false, covers = by_example(rng, cases, seeds)
+        tell(f"better than, by example, {seeds} seeds, 15 pairs, no difference: false positives", false)
+        tell(f"difference by example, {seeds} seeds: covers", covers)
+    tell("the truly best is in the set of 25; the set's size", best_is_kept(rng, cases))
+    tell("runs, 5 against 5, no difference: false positives", runs_apart(rng, max(cases // 5, 20)))
+    for name, n in itertools.product(CURVES, (8, 15, 30)):
+        tell(f"fitted curve, {name}, {n} sizes: covers", curves_cover(rng, max(cases // 4, 20), name, n))
+    for seeds in (3, 10):
+        tell(f"whole searches, 40 designs, {seeds} seeds", whole_searches(rng, max(cases // 10, 10), seeds))
+    for kind, n, noise in itertools.product(("edge", "cloud", "failures"), (20, 60), (0.005, 0.015)):
+        tell(f"{kind}, {n} designs, noise {noise}", shrunken(rng, max(cases // 10, 10), kind, n, noise))
+    results["processor seconds"] = round(time.process_time() - started)
+    (HERE / "results" / "calibration.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

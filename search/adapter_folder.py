@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftscape.search.disk import write_file
 from peftscape.search.fingerprint import describe
+from peftscape.search.folders import replacing
 from peftscape.search.lane import HEAD, declared_tensors
+from peftscape.search.tensor_file import read_tensors_file
 from peftscape.spaces.design import Design
 from peftscape.spaces.file_size import form
-from peftscape.spaces.words import InputError
+from peftscape.spaces.words import InputError, unique
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -37,6 +39,8 @@ TENSORS: dict[Format, str] = {"peftscape": "adapter.safetensors", "peft": "adapt
 #: What either format writes; the files of the other one go when a folder is written again.
 OWNED = (CARD, *TENSORS.values(), "adapter_config.json", "README.md")
 
+# The card of an adapter for 10,000 classes with long names has a few megabytes.
+_CARD_BYTES = 16 * 2**20
 PART_ENDS = (".kept", ".mask", ".index", ".bits")
 
 Format = Literal["peft", "peftscape"]
@@ -180,15 +184,19 @@ def write(
     from safetensors.torch import save as to_bytes
 
     raw: bytes = to_bytes(dict(stored), metadata={"format": "pt"})
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in OWNED:  # the card first: from here until it is back the folder says that it is not whole
-        (folder / name).unlink(missing_ok=True)
+    with replacing(Path(directory), OWNED, last=CARD) as folder:
+        _fill(folder, form, raw, card, backbone, texts)
+    return Path(directory)
+
+
+def _fill(
+    folder: Path, form: Format, raw: bytes, card: Card, backbone: Backbone, texts: Mapping[str, str]
+) -> None:  # fmt: skip
     if form == "peft" and backbone.tokenizer is not None:  # ours takes it from the backbone
         backbone.tokenizer.save_pretrained(str(folder))
     for name, text in texts.items():
-        _replace(folder / name, text.encode())
-    _replace(folder / TENSORS[form], raw)
+        write_file(folder / name, text.encode())
+    write_file(folder / TENSORS[form], raw)
     value = {
         "schema": SCHEMA,
         "format": form,
@@ -205,21 +213,8 @@ def write(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("peftscape", "torch", "transformers", "safetensors")},
     }
-    _replace(folder / CARD, (json.dumps(value, indent=2) + "\n").encode())
-    return folder
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    """Write a whole file or none of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    value["card_sha256"] = _digest(value)
+    write_file(folder / CARD, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
@@ -230,11 +225,15 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
     """
     path = Path(directory) / CARD
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _CARD_BYTES:
+            raise InputError(str(path), [f"larger than the {_CARD_BYTES:,} bytes that are read"])
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         expected = "a folder written by peftscape's export was expected, or its writing was interrupted"
         raise InputError(str(directory), [f"no {CARD} in it: {expected}"]) from None
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
     if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
         raise InputError(str(path), ['no number "schema": not a design.json that peftscape wrote'])
@@ -258,29 +257,23 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
         if isinstance(error, InputError):
             raise
         raise InputError(str(path), [f"a value is not what was expected: {error}"]) from None
-    if card.head not in ("class", "mean") or value["format"] not in TENSORS:
+    if card.head not in ("class", "mean") or value["format"] not in tuple(TENSORS):
         raise InputError(str(path), [f'head "{card.head}" or format "{value["format"]}" is unknown'])
+    if value.get("card_sha256", _digest(value)) != _digest(value):
+        raise InputError(str(path), ["its checksum is not its own: it was changed or damaged"])
     return card, value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    own = {key: item for key, item in value.items() if key != "card_sha256"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def read_tensors(directory: str | Path, value: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a folder as they are stored. Raises InputError if the file is not the one written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path = Path(directory) / TENSORS[value["format"]]
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), [f"it cannot be read: {error.strerror}"]) from None
-    size, sha = value["tensors"]["bytes"], value["tensors"]["sha256"]
-    if len(raw) != size:
-        short = "it was cut short" if len(raw) < size else f"it is not the file that {CARD} describes"
-        raise InputError(str(path), [f"{len(raw):,} bytes, {size:,} were expected: {short}"])
-    if hashlib.sha256(raw).hexdigest() != sha:
-        raise InputError(str(path), [f"its SHA-256 is not the one in {CARD}: it was changed or damaged"])
-    try:
-        tensors: dict[str, Tensor] = load(raw)
-    except SafetensorError as error:
-        raise InputError(str(path), [f"not safetensors: {error}"]) from None
-    return tensors
+        size, sha = int(value["tensors"]["bytes"]), str(value["tensors"]["sha256"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(str(Path(directory) / CARD), ["tensors: a size and a checksum were expected"]) from None
+    return read_tensors_file(path, size=size, sha256=sha, described=CARD)

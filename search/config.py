@@ -88,6 +88,7 @@ class SearchSettings:
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
         textbook: whether published designs start the search.
+        step_limit: the longest that a training step or an evaluation may take; what hangs is stopped then.
     """
 
     objectives: str = "accuracy:max,trainable:min"
@@ -100,6 +101,7 @@ class SearchSettings:
     seeds: int = _whole(1, least=1)
     retest_seeds: int = _whole(5, least=0)
     textbook: bool = True
+    step_limit: str = "15m"
 
     def full_length(self, rows: int) -> int:
         """Training examples of a full training on `rows` of them."""
@@ -113,12 +115,20 @@ class BudgetConfig:
     Args:
         trials: how many designs are trained.
         time: wall-clock time from the command to the report, `"30m"`, `"2h"`, `"90s"`.
-        trainable: largest number of trained parameters, head included; `"2%"` of the backbone's.
+        device_time: time spent computing, for trials and retests, of all workers together.
+        examples: training examples of all trials and retests together.
+        trainable: largest number of trained parameters of a design, head included; `"2%"` of the backbone's.
+        peak_bytes: largest peak memory of a design when it is trained alone; a number or `"4GB"`.
+        adapter_bytes: largest file of a design's saved adapter; a number or `"500kB"`.
     """
 
     trials: int | None = _whole(None, least=1)
     time: str | None = _like('"30m"')
+    device_time: str | None = _like('"30m"')
+    examples: int | None = _whole(None, least=1)
     trainable: int | str | None = _like('20000 or "2%"')
+    peak_bytes: int | str | None = _like('4000000000 or "4GB"')
+    adapter_bytes: int | str | None = _like('500000 or "500kB"')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,12 @@ DEFAULT: Mapping[str, Any] = {
 }
 """The embedded default: what `peftscape search` runs when it is given no file."""
 
+FILE_BYTES = 2**20
+"""A configuration is a page or two."""
+
+ENDS = ("trials", "time", "device_time", "examples")
+"""The budgets that end a search; the others bind designs."""
+
 _WORDS = {
     str: "text", int: "a whole number", float: "a number", bool: "true or false", Mapping: "a table",
     NoneType: "nothing",
@@ -41,7 +47,7 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """A search's configuration from a TOML file (or its table), with some keys set anew.
 
     What is left out follows from the rest: the name is the file's, the task's metric and the search's objectives
-    are each other's, and a budget without trials and time has 30 trials. Paths start in the working directory.
+    are each other's, and a budget that never ends has 30 trials. Paths start in the working directory.
 
     Args:
         overrides: `key=value` with dotted keys, `search.lanes=4`. A value is TOML; what is not TOML is text.
@@ -92,9 +98,13 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         here = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise InputError(str(path), [f"no such file{nearest(path.name, here)}"])
+    if path.stat().st_size > FILE_BYTES:
+        raise InputError(path.name, [f"larger than the {FILE_BYTES:,} bytes that are read"])
     try:
         text = path.read_text(encoding="utf-8-sig")
         return tomllib.loads(text)
+    except RecursionError:
+        raise InputError(path.name, ["lists or tables too deep within each other"]) from None
     except UnicodeDecodeError:
         raise InputError(path.name, ["not UTF-8; save the file as UTF-8"]) from None
     except tomllib.TOMLDecodeError as error:
@@ -165,7 +175,7 @@ def _hint(path: Sequence[str]) -> Any:
 def _connect(table: dict[str, Any]) -> None:
     """An end where none is given; the metric from the objectives, or these from it, where one is left out."""
     budget = table.setdefault("budget", {})
-    if isinstance(budget, dict) and budget.get("trials") is None and budget.get("time") is None:
+    if isinstance(budget, dict) and all(budget.get(key) is None for key in ENDS):
         budget["trials"] = DEFAULT_TRIALS
     task, search = table.get("task"), table.setdefault("search", {})
     if not isinstance(task, dict) or not isinstance(search, dict):

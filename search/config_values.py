@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftscape.analysis.front import ObjectiveError, parse_objectives
-from peftscape.search.budget import parse_duration
+from peftscape.search.budget import parse_bytes, parse_duration
 from peftscape.search.embedded import EMBEDDED_MODELS, MissingPackageError
 from peftscape.search.metrics import METRICS
 from peftscape.search.task import check_task
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)")
-_NAME = re.compile(r"[\w][\w .-]*")
+_NAME = re.compile(r"[\w][\w .-]{0,99}")
 
 
 def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> list[str]:
@@ -40,7 +40,8 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
     tables = {key.partition(".")[0] for key in broken}
     errors = []
     if not _NAME.fullmatch(config.name) or config.name.endswith(".retest"):
-        errors.append(f'name: "{config.name}" cannot name a study; take letters, digits, " ", ".", "_", "-"')
+        take = 'take letters, digits, " ", ".", "_", "-"' + (", 100 at most" if len(config.name) > 100 else "")
+        errors.append(f'name: "{config.name[:60]}" cannot name a study; {take}')
     sites = _model(config.model, errors) if not {"model", "model.source", "model.sites"} & broken else None
     if "task" not in tables:
         errors += check_task(config.task)
@@ -52,6 +53,7 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
         errors.append("search.epochs: the length is given as search.examples already; give one of the two")
     if config.search.epochs is not None and not 0 < config.search.epochs < math.inf:
         errors.append(f"search.epochs: a number above 0 was expected, not {config.search.epochs!r}")
+    errors += _duration("search.step_limit", config.search.step_limit)
     return errors + _budget(config.budget, bounded="budget" not in tables)
 
 
@@ -133,18 +135,30 @@ def _objectives(config: SearchConfig) -> list[str]:
 
 def _budget(budget: BudgetConfig, *, bounded: bool) -> list[str]:
     errors = []
-    if bounded and budget.trials is None and budget.time is None:
-        errors.append("budget: give trials or time, or the search never ends")
-    if budget.time is not None:
-        try:
-            if parse_duration(budget.time) <= 0:
-                errors.append(f'budget.time: "{budget.time}" is no time at all')
-        except ValueError as error:
-            errors.append(f"budget.time: {error}")
+    ends = (budget.trials, budget.time, budget.device_time, budget.examples)
+    if bounded and all(end is None for end in ends):
+        errors.append("budget: give trials, time, device_time or examples, or the search never ends")
+    errors += _duration("budget.time", budget.time) + _duration("budget.device_time", budget.device_time)
     limit = budget.trainable
-    percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", limit) if isinstance(limit, str) else None
+    percent = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", limit) if isinstance(limit, str) else None
     share = float(percent[1]) if percent else limit
     if limit is not None and (isinstance(share, str) or share is None or share <= 0):
         like = 'a number such as 20000 or a share such as "2%"'
-        errors.append(f"budget.trainable: {like} was expected, not {limit!r}")
+        errors.append(f"budget.trainable: {like} was expected, not {limit!r:.60}")
+    for key in ("peak_bytes", "adapter_bytes"):
+        value = getattr(budget, key)
+        try:
+            if value is not None and parse_bytes(value) <= 0:
+                errors.append(f"budget.{key}: {value!r} is no room at all")
+        except ValueError as error:
+            errors.append(f"budget.{key}: {error}")
     return errors
+
+
+def _duration(key: str, text: str | None) -> list[str]:
+    try:
+        if text is not None and not 0 < parse_duration(text) < math.inf:
+            return [f'{key}: "{text}" is no time at all']
+    except ValueError as error:
+        return [f"{key}: {error}"]
+    return []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from peftscape.search.adapter import Adapter
 from peftscape.search.adapter_folder import (
+    CARD,
     Card,
     Format,
     check,
@@ -23,7 +24,9 @@ from peftscape.search.adapter_folder import (
 from peftscape.search.backbone import Backbone
 from peftscape.search.fingerprint import differences, source
 from peftscape.search.head import Head
-from peftscape.search.peft_format import InexpressibleError, peft_form
+from peftscape.search.peft_folder import InexpressibleError
+from peftscape.search.peft_format import peft_form
+from peftscape.search.peft_import import CONFIG, read_config, read_peft
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
@@ -46,8 +49,9 @@ def export(
 ) -> Exported:
     """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads, or else in our own format.
 
-    peft's folder holds LoRA on any linears, (IA)^3, a prefix on all layers, or a prompt where the classifier
-    pools the last token, with the transformers class's own head; its logits equal ours. `load` reads both.
+    peft's folder holds what a method says of itself (`Method.in_peft`): most changes of linears and norms, a prefix on
+    all layers, or a prompt where the classifier pools the last token, with the transformers class's own head; its
+    logits equal ours. `load` reads both.
 
     Args:
         tensors: those of a lane (`Lane.adapter()`), head included; masked LoRA is written with its zeros.
@@ -69,7 +73,7 @@ def export(
 
 
 def load(directory: str | Path, *, model: Backbone | str | Path | None = None, device: str = "cpu") -> Adapter:
-    """An adapter that `export` or `save` wrote, ready to predict.
+    """An adapter that `export` or `save` wrote, or HF peft itself, ready to predict.
 
     Args:
         model: its backbone, or where to load it from; by default where it came from in training.
@@ -77,13 +81,10 @@ def load(directory: str | Path, *, model: Backbone | str | Path | None = None, d
     Raises:
         InputError: the folder is not whole, or the backbone is not the one that the adapter was trained on.
     """
+    if not (Path(directory) / CARD).exists() and (Path(directory) / CONFIG).exists():
+        return _load_pefts(directory, model, device)
     card, value = read_card(directory)
-    backbone = model if isinstance(model, Backbone) else None
-    if backbone is None:
-        found = str(model or value["backbone"]["source"])
-        if not found:
-            raise InputError(str(directory), ["its backbone came from no folder: hand one over as model="])
-        backbone = Backbone.load(found, dtype=value["backbone"]["dtype"], device=device)
+    backbone = _backbone(directory, model or value["backbone"]["source"], value["backbone"]["dtype"], device)
     if errors := differences(value, backbone, card.head):
         raise InputError(str(directory), errors)
     head = Head(backbone, kind=card.head, outputs=card.outputs)
@@ -94,6 +95,23 @@ def load(directory: str | Path, *, model: Backbone | str | Path | None = None, d
     else:
         tensors = unpack(stored, card.design, backbone, head, str(directory))
     return Adapter(card, backbone, head, {key: tensor.to(device) for key, tensor in tensors.items()})
+
+
+def _load_pefts(directory: str | Path, model: Backbone | str | Path | None, device: str) -> Adapter:
+    """An adapter that HF peft wrote, as a design of ours."""
+    config = read_config(directory)
+    backbone = _backbone(directory, model or config.get("base_model_name_or_path") or "", "auto", device)
+    card, tensors = read_peft(directory, config, backbone)
+    head = Head(backbone, kind=card.head, outputs=card.outputs)
+    return Adapter(card, backbone, head, {key: tensor.to(device) for key, tensor in tensors.items()})
+
+
+def _backbone(directory: str | Path, model: Backbone | str | Path, dtype: str, device: str) -> Backbone:
+    if isinstance(model, Backbone):
+        return model
+    if not str(model):
+        raise InputError(str(directory), ["its backbone came from no folder: hand one over as model="])
+    return Backbone.load(model, dtype=dtype, device=device)
 
 
 def _readme(card: Card, backbone: Backbone, note: str) -> str:

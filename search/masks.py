@@ -1,4 +1,9 @@
-"""SNIP masks: what matters to the loss at the start (Lee et al. 2019, arXiv:1810.02340; arXiv:2210.04284)."""
+"""Masks drawn at the start by what a method's tensors mean to the loss or to the flow (arXiv:2210.04284).
+
+A mask keeps its share of each tensor. SNIP (Lee et al. 2019, arXiv:1810.02340), GraSP (Wang et al. 2020,
+arXiv:2002.07376) and SynFlow (Tanaka et al. 2020, arXiv:2006.05467) stand here; random and magnitude need no pass and
+are drawn with the lane.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +11,130 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from peftscape.search.groups import Group, stages
 from peftscape.search.lane import declared_tensors, generator, new_lane
 from peftscape.spaces.compositions import top
+from peftscape.spaces.methods.base import Lanes
+from peftscape.spaces.text import Text
 
 if TYPE_CHECKING:
+    from peftscape.search.backbone import Backbone
     from peftscape.search.cohort import Cohort
     from peftscape.search.lane import Lane
 
+#: Rounds in which SynFlow prunes, exponentially, as its authors do.
+ROUNDS = 100
 
-def snip(lane: Lane, cohort: Cohort) -> None:
-    """Draw the lane's `snip` masks by |gradient * value| on its first batch, and apply them to its start.
+
+def draw_masks(lane: Lane, cohort: Cohort) -> None:
+    """Draw the lane's masks that are scored by a pass, on its first batch, and apply them to its start.
 
     An up-projection that starts at zero blocks all gradients but its own, so the scoring pass has it drawn at random,
     at the size a down-projection starts with. The pass runs alone: the lane's masks do not depend on neighbours.
     """
     backbone = cohort.backbone
-    wanted = {
-        key: placement.mask.kept(declared.size)
-        for key, placement, declared in declared_tensors(lane.design, backbone)
-        if placement.mask is not None and placement.mask.score == "snip" and placement.maskable(declared)
-    }
-    if not wanted:
+    wanted: dict[str, dict[str, int]] = {"snip": {}, "grasp": {}, "synflow": {}}
+    for key, placement, declared in declared_tensors(lane.design, backbone):
+        if placement.mask is not None and placement.mask.score in wanted and placement.maskable(declared):
+            wanted[placement.mask.score][key] = placement.mask.kept(declared.size)
+    if not any(wanted.values()):
         return
     probe = new_lane(lane.design, seed=lane.seed, steps=lane.steps, backbone=backbone, head=cohort.head)
     with torch.no_grad():
-        for key in wanted:
+        for key in (key for kept in wanted.values() for key in kept):
             value = probe.params[key]
             noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator(lane.seed, f"snip/{key}"))
             value.copy_(noise / np.sqrt(value.shape[-1]))
-    others = list(cohort.lanes)
-    cohort.retire(*others)
-    cohort.admit(probe)
-    try:
-        examples = probe.examples(cohort.batch_size, len(cohort.train.ids))
-        losses = cohort.losses([examples])
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        cohort.retire(probe)
-        cohort.admit(*others)
+    masks: dict[str, Tensor] = {}
+    if wanted["snip"] or wanted["grasp"]:
+        others = list(cohort.lanes)
+        cohort.retire(*others)
+        cohort.admit(probe)
+        try:
+            loss = cohort.losses([probe.examples(cohort.batch_size, len(cohort.train.ids))]).sum()
+            masks |= _snip(probe, loss, wanted["snip"]) | _grasp(probe, loss, wanted["grasp"])
+        finally:
+            cohort.retire(probe)
+            cohort.admit(*others)
+    masks |= _synflow(probe, backbone, wanted["synflow"])
     fresh = new_lane(lane.design, seed=lane.seed, steps=lane.steps, backbone=backbone, head=cohort.head, masked=False)
     with torch.no_grad():
-        for key, kept in wanted.items():
-            grad, value = probe.params[key].grad, probe.params[key]
-            assert grad is not None
-            lane.masks[key] = top((grad * value).abs(), kept).to(value)
+        for key, mask in masks.items():
+            lane.masks[key] = mask.to(lane.params[key])
             lane.params[key].copy_(fresh.params[key] * lane.masks[key])
+
+
+snip = draw_masks
+
+
+def _snip(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
+    """The largest |gradient * value|: how much the loss changes when a connection goes (arXiv:1810.02340, eq. 4)."""
+    values = [lane.params[key] for key in kept]
+    gradients = torch.autograd.grad(loss, values, retain_graph=True) if values else ()
+    scores = [(g * v.detach()).abs() for g, v in zip(gradients, values, strict=True)]
+    return {key: top(score, count) for (key, count), score in zip(kept.items(), scores, strict=True)}
+
+
+def _grasp(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
+    """The lowest -value * (H g), whose removal would cost gradient norm (arXiv:2002.07376, eq. 8).
+
+    H is the loss's Hessian, g its gradient, in all the tensors that are scored. Those go whose removal costs the least.
+    """
+    values = [lane.params[key] for key in kept]
+    if not values:
+        return {}
+    gradients = torch.autograd.grad(loss, values, create_graph=True)
+    half_norm = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
+    products = torch.autograd.grad(half_norm, values)
+    scores = [v.detach() * hg for v, hg in zip(values, products, strict=True)]
+    return {key: top(score, count) for (key, count), score in zip(kept.items(), scores, strict=True)}
+
+
+def _synflow(lane: Lane, backbone: Backbone, kept: dict[str, int]) -> dict[str, Tensor]:
+    """The largest |w| dR/d|w|, R what flows through the methods where ones flow in (arXiv:2006.05467, sec. 5).
+
+    All tensors are taken by their absolute values and no data is read. The share kept falls exponentially over
+    `ROUNDS` rounds, each scored with what the round before has left.
+    """
+    if not kept:
+        return {}
+    with torch.no_grad():
+        for value in lane.params.values():
+            value.abs_()
+    size = {key: lane.params[key].numel() for key in kept}
+    masks = {key: torch.ones_like(lane.params[key], dtype=torch.bool) for key in kept}
+    values = [lane.params[key] for key in kept]
+    for turn in range(1, ROUNDS + 1):
+        gradients = torch.autograd.grad(_flow(lane, backbone), values)
+        for key, value, gradient in zip(kept, values, gradients, strict=True):
+            score = torch.where(masks[key], gradient * value.detach(), -1.0)
+            left = max(kept[key], round(size[key] * (kept[key] / size[key]) ** (turn / ROUNDS)))
+            masks[key] = top(score, left)
+            value.detach().mul_(masks[key])
+    return masks
+
+
+def _flow(lane: Lane, backbone: Backbone) -> Tensor:
+    """The sum of what the lane's methods give at all sites where ones come in."""
+    lane.unfold(training=False)
+    groups = [group for stage in stages([lane], backbone) for group in stage.groups]
+    return torch.stack([_through(group, backbone) for group in groups]).sum()
+
+
+def _through(group: Group, backbone: Backbone) -> Tensor:
+    # A frozen norm would undo the flow; a text of one token is enough for it.
+    values = {k: v for k, v in vars(group.values(backbone.dtype)).items() if k not in ("norm", "normalise")}
+    none = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    p = Lanes(values | {"text": Text(row=none, place=none, length=none + 1, texts=1)})
+    site, method = group.site, group.method
+    if site.kind == "kv":
+        return torch.cat([part.abs().flatten() for part in method.prefix(p)]).sum().float()
+    if site.kind == "input":
+        return method.virtual_tokens(p).abs().sum().float()
+    x, y = (torch.ones(1, 1, width, dtype=backbone.dtype, device=backbone.device) for width in (site.d_in, site.d_out))
+    side = method.side(site)
+    given = [method.apply(p, x, y)] if side != "input" else []
+    given += [method.apply_input(p, x)] if side != "output" else []
+    return torch.cat([part.flatten() for part in given]).sum().float()

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from peftscape.analysis.front import front
-
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
     from peftscape.search.storage import Storage
@@ -83,7 +81,7 @@ def show(progress: SearchProgress, phase: str, budget: Budget, storage: Storage,
         total=budget.time_s or budget.trials,
         trials=done,
         running=running,
-        front=len(front(complete, storage.objectives)),
+        front=len(storage.front()),
         best=best((r.validation for r in complete), default=None),
         left_s=budget.left_s(),
     )

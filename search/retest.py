@@ -15,6 +15,7 @@ from peftscape.analysis.noise import candidates
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.prepare import prepare
 from peftscape.search.progress import show
+from peftscape.search.retest_order import retest_order
 from peftscape.spaces.design import Design
 from peftscape.spaces.outcomes import pack
 
@@ -88,10 +89,9 @@ def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int,
     known = storage.retested()
     complete = [r for r in storage.records if r.state == "complete"]
     found = candidates(complete, storage.objectives) if complete else ()
-    jobs = [(r.number, Design.from_json(dict(r.design)), s) for r in found for s in seeds if (r.number, s) not in known]
-    fit = budget.retests_that_fit(session.steps)
-    # All seeds of fewer designs rather than one seed of many: an interval needs its seeds.
-    return jobs if fit >= len(jobs) else jobs[: max(int(fit) // max(len(seeds), 1), 1) * len(seeds)]
+    designs = {r.number: Design.from_json(dict(r.design)) for r in found}
+    order = retest_order(list(designs), seeds, known, budget.retests_that_fit(session.steps))
+    return [(number, designs[number], seed) for number, seed in order]
 
 
 def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Cohort) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import Backbone
-from peftscape.search.cohort import Cohort
+from peftscape.search.guarded import Guarded
 from peftscape.search.head import Head
+from peftscape.search.states import StateCache
 from peftscape.search.task import EncodedTask, Task, encode, load_task
 from peftscape.spaces.price import costs
 
@@ -27,6 +28,8 @@ class Session:
     Args:
         tokens: a typical text's length, the mean of the training texts; costs are told for it.
         steps: of every training at full length.
+        states: hidden states that all cohorts share; None keeps none.
+        guards: what cohorts are limited by: `stop`, `patience_s`, `over`, `checkpoints`, `account` (`Guarded`).
     """
 
     config: SearchConfig
@@ -36,15 +39,19 @@ class Session:
     data: EncodedTask
     tokens: int
     steps: int
+    guards: dict[str, Any] = field(default_factory=dict)
+    states: StateCache | None = None
 
-    def cohort(self) -> Cohort:
+    def cohort(self) -> Guarded:
         """An empty cohort on the training data."""
-        return Cohort(
+        return Guarded(
             self.backbone,
             self.head,
             self.data.train,
             batch_size=self.config.search.batch_size,
             regression=self.task.kind == "regression",
+            cache=self.states,
+            **self.guards,
         )
 
 
@@ -68,7 +75,7 @@ def open_session(config: SearchConfig) -> Session:
     head = Head(backbone, kind=model.head, outputs=task.num_outputs)
     tokens = round(float(np.mean(data.train.lengths)))
     steps = max(1, -(-config.search.full_length(len(task.train)) // config.search.batch_size))
-    return Session(config, backbone, head, task, data, tokens, steps)
+    return Session(config, backbone, head, task, data, tokens, steps, states=StateCache(backbone))
 
 
 def design_costs(session: Session, design: Design) -> Costs:

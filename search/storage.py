@@ -1,27 +1,41 @@
 """A run's folder: the Optuna storage, which is the one truth, and beside it adapters and the report.
 
-Trials carry their record as a user attribute, written before `tell`; retests are trials of a second study,
-`NAME.retest`, in the same storage. Any Optuna tool works on both.
+Trials carry their record as a user attribute, written before `tell`, with a seal; retests are trials of a second
+study, `NAME.retest`, in the same storage. Any Optuna tool works on both. Whatever writes, or reads in order to
+write, does so under the study's lock.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftscape.analysis import sources
-from peftscape.analysis.front import Objective, parse_objectives
-from peftscape.spaces.record import Record
+from peftscape.analysis.front import Objective, front, parse_objectives
+from peftscape.search import integrity
+from peftscape.search.database import ADAPTERS, FILE, open_database
+from peftscape.search.disk import writing
+from peftscape.spaces.record import Record, RecordError
+from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
+    from peftscape.search.workers import Workers
     from peftscape.spaces.design import Design
     from peftscape.spaces.space import Space
+
+# A trial is tried three times; then it is what ends its process, or it will not be known.
+TRIES = 3
+# A copy of the study is made this often, and never for more than a fiftieth of the time.
+COPY_EVERY_S, COPY_SHARE = 60.0, 50
+ANOTHER = "this folder holds another search; use another --out, or --fork for a new study that knows this one's results"
 
 
 class Storage:
@@ -30,91 +44,190 @@ class Storage:
     Args:
         out: the run's folder; made if it is not there.
         config: of the search; one that differs from the folder's own is refused (its budget may differ).
+        url: of a PostgreSQL database, for workers on several machines; `study.db` in the folder without.
+        say: told what was found damaged.
 
     Raises:
-        InputError: if the folder holds another search, with the differences.
+        InputError: if the folder holds another search, with the differences; or its file is damaged.
+        DiskError: if there is no room.
     """
 
-    def __init__(self, out: Path, config: SearchConfig) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        out.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, out: Path, config: SearchConfig, url: str | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.out, self.config = out, config
         self.objectives: tuple[Objective, ...] = parse_objectives(config.search.objectives)
-        url = f"sqlite:///{(out / 'study.db').resolve()}"
-        self._study = optuna.create_study(
-            study_name=config.name,
-            storage=url,
-            directions=[o.direction for o in self.objectives],
-            load_if_exists=True,
-        )
-        self._retests = optuna.create_study(
-            study_name=f"{config.name}{sources.RETEST}",
-            storage=url,
-            direction=self.objectives[0].direction,
-            load_if_exists=True,
-        )
+        self._where = out / FILE
+        self._copied, self._took = time.monotonic(), 0.0
+        self._records: dict[int, Record] = {}
+        self._asked = 0  # how many trials there are, as of the last look
+        self._front: tuple[Record, ...] | None = None
+        try:
+            self._open(url, say)
+        except RecordError as error:
+            if url is not None:
+                raise InputError(config.name, [str(error)]) from None
+            self._records.clear()
+            self.close()
+            integrity.restore(self._where, str(error), say)
+            self._open(url, say)
+
+    def _open(self, url: str | None, say: Callable[[str], None]) -> None:
+        with writing(self._where):
+            self._database, self.lock = open_database(self.out, url, self.config.name, say)
+            with self.lock():
+                self._open_studies(self.config)
+                self.refresh()
+
+    def _open_studies(self, config: SearchConfig) -> None:
+        import optuna
+
+        def study(name: str, directions: list[str]) -> Any:
+            return optuna.create_study(
+                study_name=name, storage=self._database, directions=directions, load_if_exists=True
+            )
+
+        self._study = study(config.name, [o.direction for o in self.objectives])
+        self._retests = study(f"{config.name}{sources.RETEST}", [self.objectives[0].direction])
+        self._id = self._database.get_study_id_from_name(config.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([o.name for o in self.objectives])
         known = self.attr("config")
         if known is None:
-            self.set_attr("config", _plain(config))
-            self.set_attr("objectives", config.search.objectives)
-        elif differences := list(_differences(_without_budget(known), _without_budget(_plain(config)))):
-            raise InputError(str(out), [*differences, "this folder holds another search; use another --out"])
-        self._records: dict[int, Record] = {r.number: r for r in self.study().records if r.state != "running"}
+            self._study.set_user_attr("config", _plain(config))
+            self._study.set_user_attr("objectives", config.search.objectives)
+        elif differences := list(_differences(_comparable(known), _comparable(_plain(config)))):
+            raise InputError(str(self.out), [*differences, ANOTHER])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with writing(self._where), self.lock():
+            yield
 
     # -- trials -----------------------------------------------------------------------------------------------------
 
-    def ask(self, space: Space) -> tuple[Any, Design]:
-        """The next trial and its design, from a sampler made for its number."""
+    def ask(self, space: Space, worker: str = "") -> tuple[Any, Design]:
+        """The next trial, now this worker's, and its design, from a sampler made for its number.
+
+        Whoever asks holds the lock since the last `refresh`, or is alone on the study.
+        """
         from peftscape.search.samplers import sampler
 
         search = self.config.search
-        self._study.sampler = sampler(search.sampler, search.seed, len(self._study.get_trials(deepcopy=False)))
-        trial = self._study.ask()
-        return trial, space.suggest(trial)
+        with self._writing():
+            self._study.sampler = sampler(search.sampler, search.seed, self._asked)
+            trial = self._study.ask()
+            self._asked = max(self._asked, trial.number + 1)
+            trial.set_user_attr("worker", worker)
+            trial.set_user_attr("tries", trial.user_attrs.get("tries", 0) + 1)
+            return trial, space.suggest(trial)
 
-    def enqueue(self, params: Mapping[str, Any], textbook: str | None = None) -> None:
-        """Ask for a design before the sampler's own."""
+    def enqueue(self, params: Mapping[str, Any], textbook: str | None = None, *, again: bool = False) -> None:
+        """Ask for a design before the sampler's own; one that was asked for before only `again`."""
         attrs = {"textbook": textbook} if textbook else None
-        self._study.enqueue_trial(dict(params), user_attrs=attrs, skip_if_exists=True)
+        with self._writing():
+            self._study.enqueue_trial(dict(params), user_attrs=attrs, skip_if_exists=not again)
 
-    def tell(self, trial: Any, record: Record) -> None:
+    def add(self, trial: Any) -> None:
+        """A trial that the sampler shall know of; it has no record and is no result of this study."""
+        with self._writing():
+            self._study.add_trial(trial)
+
+    def tell(self, trial: Any, record: Record, worker: str = "") -> bool:
         """Write the record, then its values; what failed or was never trained is told as pruned.
 
         TPE asks again for what it was told had failed; it leaves pruned trials of several objectives alone.
+
+        Returns:
+            False if the trial is no longer this worker's: it was taken for dead, and another has the trial.
         """
         from optuna.trial import TrialState
 
-        trial.set_user_attr("record", record.to_json())
-        if record.state == "complete":
-            self._study.tell(trial, [o.value(record) for o in self.objectives])
-        else:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        self._records[record.number] = record
+        with self._writing():
+            found = self._trial(record.number)
+            if found.state != TrialState.RUNNING or found.user_attrs.get("worker", "") != worker:
+                return False
+            done = record.state == "complete"
+            plain = record.to_json()
+            values = [float(o.value(record)) for o in self.objectives] if done else None
+            self._set(record.number, "record", plain)
+            self._set(record.number, SEAL, seal(plain, values, found.params))
+            if done:
+                self._study.tell(record.number, values)
+            else:
+                self._study.tell(record.number, state=TrialState.PRUNED)
+        self._keep(record)
+        return True
 
-    def release(self) -> int:
-        """Trials that an earlier session left running are asked for again, before all others; how many there were.
+    def leave(self, number: int, *, counts: bool = False) -> None:
+        """Let a trial in flight wait for another session; the try counts only if it was not this one's end."""
+        from optuna.trial import TrialState
+
+        with self._writing():
+            trial = self._trial(number)
+            if trial.state == TrialState.RUNNING:
+                self._set(number, "tries", max(0, trial.user_attrs.get("tries", 1) - (not counts)))
+                self._database.set_trial_state_values(self._trial_id(number), state=TrialState.WAITING)
+
+    def release(self, workers: Workers) -> tuple[int, list[Any]]:
+        """Let trials of workers that are gone be asked for again, before all others.
 
         They keep their numbers, and so the trials after them theirs: a search that was interrupted asks its sampler
         what an unbroken one does.
+
+        Returns:
+            how many will be tried again, and those that were tried often enough; these are now this worker's.
         """
         from optuna.trial import TrialState
 
-        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in left:  # `ask` takes what waits, in order; a trial that has its parameters gives them again
-            self._study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
-        for trial in self._retests.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._retests.tell(trial.number, state=TrialState.FAIL)
-        return len(left)
+        given_up = []
+        with self._writing():
+            known = workers.all()
+            running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            left = [trial for trial in running if workers.dead(trial.user_attrs.get("worker"), known)]
+            for trial in left:
+                if trial.user_attrs.get("tries", 1) < TRIES:
+                    self.leave(trial.number, counts=True)
+                else:
+                    self._set(trial.number, "worker", workers.name)
+                    given_up.append(trial)
+            for name, said in known.items():
+                if not said["ended"] and workers.dead(name, known):
+                    workers.bury(name, said)
+            # A retest is asked for and told in one breath, under the lock: what runs now was cut off there.
+            for trial in self._retests.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                self._retests.tell(trial.number, state=TrialState.FAIL)
+        return len(left) - len(given_up), given_up
+
+    # -- records ----------------------------------------------------------------------------------------------------
 
     @property
     def records(self) -> list[Record]:
-        """Of all trials that ended."""
+        """Of all trials that ended, as far as this worker has heard."""
         return list(self._records.values())
+
+    def refresh(self) -> int:
+        """Hear what other workers told; how many trials are in flight, of all workers."""
+        trials = self._study.get_trials(deepcopy=False)
+        self._asked = len(trials)
+        for trial in trials:
+            if trial.number not in self._records and trial.state.is_finished() and "known" not in trial.user_attrs:
+                self._keep(sources.trial_record(trial, self._study))
+        return sum(trial.state.name == "RUNNING" for trial in trials)
+
+    def _keep(self, record: Record) -> None:
+        self._records[record.number] = record
+        self._records = dict(sorted(self._records.items()))
+        self._front = None
+
+    def front(self, *more: Record) -> tuple[Record, ...]:
+        """The records that none dominates; with `more` records as if they were told."""
+        if more:
+            return front([*self.records, *more], self.objectives)
+        if self._front is None:
+            self._front = front(self.records, self.objectives)
+        return self._front
 
     def trained(self) -> int:
         """How many trials were trained, to whatever end; without refused designs and interrupted attempts."""
@@ -129,17 +242,22 @@ class Storage:
 
     def add_retest(self, value: float, row: Mapping[str, Any]) -> None:
         """Keep a retest's score."""
-        trial = self._retests.ask()
-        trial.set_user_attr("retest", dict(row))
-        self._retests.tell(trial, value)
+        with self._writing():
+            trial = self._retests.ask()
+            trial.set_user_attr("retest", dict(row))
+            self._retests.tell(trial, value)
 
     # -- the run ----------------------------------------------------------------------------------------------------
+
+    def attrs(self) -> dict[str, Any]:
+        return dict(self._study.user_attrs)
 
     def attr(self, name: str, default: Any = None) -> Any:
         return self._study.user_attrs.get(name, default)
 
     def set_attr(self, name: str, value: Any) -> None:
-        self._study.set_user_attr(name, value)
+        with self._writing():
+            self._study.set_user_attr(name, value)
 
     def study(self) -> sources.Study:
         """Everything there is, as analysis reads it."""
@@ -147,7 +265,36 @@ class Storage:
 
     def adapter_folder(self, number: int) -> Path:
         """Where the adapter of a trial lies."""
-        return self.out / "adapters" / str(number)
+        return self.out / ADAPTERS / str(number)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether workers on other machines may have the study too."""
+        return bool(self._database.engine.dialect.name != "sqlite")
+
+    def copy(self, *, now: bool = False) -> None:
+        """Keep a copy of the study's file to go back to, if it is time."""
+        if not self.is_shared and (now or time.monotonic() - self._copied > max(COPY_EVERY_S, COPY_SHARE * self._took)):
+            started = time.monotonic()
+            with self._writing():
+                integrity.mark(self._where)
+            self._copied = time.monotonic()
+            self._took = self._copied - started
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._database.remove_session()
+        self._database.engine.dispose()
+        self.lock.close()
+
+    def _trial_id(self, number: int) -> int:
+        return int(self._database.get_trial_id_from_study_id_trial_number(self._id, number))
+
+    def _trial(self, number: int) -> Any:
+        return self._database.get_trial(self._trial_id(number))
+
+    def _set(self, number: int, name: str, value: Any) -> None:
+        self._database.set_trial_user_attr(self._trial_id(number), name, value)
 
 
 def _plain(config: SearchConfig) -> dict[str, Any]:
@@ -155,8 +302,13 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
     return plain
 
 
-def _without_budget(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k != "budget"}
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be equal: not the budget, nor how long a step may take; what is not set is its default."""
+    from peftscape.search.config_file import config_from_json
+
+    whole = _plain(config_from_json(config))
+    del whole["budget"], whole["search"]["step_limit"]
+    return whole
 
 
 def _differences(old: Any, new: Any, at: str = "") -> list[str]:

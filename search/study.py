@@ -8,22 +8,25 @@ what could be on the front with further seeds on data that no selection saw, and
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftscape.search.budget import Budget, parameter_limit, parse_duration
+from peftscape.search.account import Account
+from peftscape.search.budget import Budget, drawn, parameter_limit, parse_bytes, parse_duration
+from peftscape.search.crew import crew
+from peftscape.search.database import CHECKPOINTS, REPORT, WORKERS
+from peftscape.search.disk import writing
 from peftscape.search.progress import SearchProgress
-from peftscape.search.storage import Storage
+from peftscape.search.stopping import HangError, Stop
+from peftscape.search.storage import ANOTHER, Storage
+from peftscape.search.workers import PREFIX, Workers
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.analysis.sources import Study
     from peftscape.search.config import SearchConfig
+    from peftscape.search.session import Session
 
 
 def run_search(
@@ -33,50 +36,202 @@ def run_search(
     more_trials: int | None = None,
     more_time_s: float | None = None,
     quiet: bool = False,
+    storage_url: str | None = None,
+    fork: Path | None = None,
+    workers: int = 1,
+    started: float | None = None,
+    helper: Stop | None = None,
 ) -> Study:
     """Run a search in a folder, or go on with the one that is there; a finished one is read and returned.
+
+    Several processes may run the same search in one folder, or with one `storage_url`: they share its budget.
 
     Args:
         out: gets `study.db` (an Optuna storage), `report.html`, and the front's adapters under `adapters/`.
         more_trials, more_time_s: extend the budget of the study that is there.
+        storage_url: of a PostgreSQL database that holds the study instead of `study.db`.
+        fork: a run whose results a new study shall know; they guide it, and the best of them are tried again.
+        workers: processes on this machine that share the search; the others end with this one.
+        started: when the command was given, by `time.monotonic()`; its time counts from there.
+        helper: stops a worker that another process started: it leaves retests and report to that.
 
     Raises:
         InputError: with all that is wrong with the configuration, or if the folder holds another search.
+        DiskError: there is no room; all that was written before is whole, and the same call goes on.
+        KeyboardInterrupt: it was stopped, and what was in flight is saved.
     """
-    from peftscape.analysis.report import write_report
+    started = time.monotonic() if started is None else started
+    with helper or Stop() as stop, SearchProgress(quiet=quiet) as progress:
+        storage = Storage(out, config, storage_url, progress.say)
+        try:
+            limits = _limits(storage, config, more_trials, more_time_s)
+            if not storage.attr("finished"):
+                run = _Run(config, storage, limits, stop, progress, started, fork)
+                with crew(workers - 1, config, out, storage_url):
+                    run.run(to_the_end=helper is None)
+            return storage.study()
+        finally:
+            storage.close()
 
-    started = time.monotonic()
-    storage = Storage(out, config)
-    limits = _limits(storage, config, more_trials, more_time_s)
-    if storage.attr("finished") and more_trials is None and more_time_s is None:
-        return storage.study()
-    storage.set_attr("finished", False)
 
-    from peftscape.search.environment import environment
-    from peftscape.search.loop import Loop
-    from peftscape.search.retest import retest
-    from peftscape.search.session import open_session
+class _Run:
+    """One session of a study."""
 
-    with _terminable(), SearchProgress(quiet=quiet) as progress:
-        session = open_session(config)
-        storage.set_attr("environment", environment(session.backbone))
-        budget = Budget(
+    def __init__(
+        self, config: SearchConfig, storage: Storage, limits: dict[str, Any], stop: Stop, progress: SearchProgress,
+        started: float, fork: Path | None,
+    ) -> None:  # fmt: skip
+        self.config, self.storage, self.stop, self.progress, self.fork = config, storage, stop, progress, fork
+        self.out = storage.out
+        self.account = Account()
+        folder = None if storage.is_shared else self.out / WORKERS
+        self.workers = Workers(storage.attrs, storage.set_attr, storage.lock, folder, self.account)
+        self.account.joined_s = _spent_s(storage)
+        own = config.budget
+        self.budget = Budget(
             trials=limits["trials"],
             time_s=limits["time_s"],
-            trainable=parameter_limit(config.budget.trainable, session.backbone.sites.parameters),
-            spent_s=float(storage.attr("spent_s", 0.0)),
+            trainable=None,
+            peak_bytes=None if own.peak_bytes is None else parse_bytes(own.peak_bytes),
+            adapter_bytes=None if own.adapter_bytes is None else parse_bytes(own.adapter_bytes),
+            device_s=parse_duration(own.device_time) if own.device_time else None,
+            examples=own.examples,
+            spent_s=self.account.joined_s,
             started=started,
-            retest_evaluations=1 + len(session.task.test) / len(session.task.validation),
+            batch=config.search.batch_size,
+            step_limit_s=parse_duration(config.search.step_limit),
+            account=self.account,
         )
+        if (measured := storage.attr("report_s")) is not None:
+            self.budget.reported(measured)
+        self.reported = 0
+
+    def run(self, *, to_the_end: bool = True) -> None:
+        """Search, and to the end: retest, report. Whatever ends it, what was spent and found is in the study."""
+        storage = self.storage
+        self.workers.join()
         try:
-            Loop(session, storage, budget, progress).run()
-            retest(session, storage, budget, progress)
-            storage.set_attr("finished", True)
+            with self.account.spending("loading_s"):
+                session = self._session()
+            from peftscape.search.loop import Loop
+
+            Loop(session, storage, self.workers, self.budget, self.progress, self._interim).run()
+            if to_the_end and self._is_last():
+                self._retest(session)
+                self._report()
+                storage.set_attr("finished", True)
         finally:
-            storage.set_attr("spent_s", budget.elapsed_s())
-    study = storage.study()
-    write_report(study, out / "report.html")
-    return study
+            self._end()
+
+    def _session(self) -> Session:
+        """What the configuration names, loaded; refused if it is not what the study was begun with."""
+        from peftscape.search.checkpoint import Checkpoints
+        from peftscape.search.environment import environment
+        from peftscape.search.fork import learn
+        from peftscape.search.guarded import Memory
+        from peftscape.search.identity import changes, identity
+        from peftscape.search.session import open_session
+        from peftscape.spaces.space_file import read_space
+
+        storage, budget = self.storage, self.budget
+        session = open_session(self.config)
+        space = read_space(self.config.space, session.backbone.sites)
+        now = identity(session, space)
+        with storage.lock():
+            known = storage.attr("identity")
+            if known is None:
+                storage.set_attr("identity", now)
+                if self.fork is not None:
+                    learn(self.fork, storage, space, self.progress.say)
+            elif errors := changes(known, now):
+                raise InputError(str(self.out), [*errors, ANOTHER])
+            storage.set_attr("environment", environment(session.backbone))
+            cut = {name: getattr(session.data, name).cut for name in ("train", "validation", "test")}
+            storage.set_attr("cut", cut)
+        if any(cut.values()):
+            self.progress.say(f"{sum(cut.values())} texts are longer than the model takes, and are cut")
+        budget.trainable = parameter_limit(self.config.budget.trainable, session.backbone.sites.parameters)
+        # A forward pass is a third of a step.
+        budget.evaluation_steps = len(session.task.validation) / self.config.search.batch_size / 3
+        budget.retest_evaluations = 1 + len(session.task.test) / len(session.task.validation)
+        session.guards = {
+            "stop": self.stop, "patience_s": budget.patience_s, "over": budget.over, "account": self.account,
+            "memory": Memory(), "checkpoints": Checkpoints(self.out / CHECKPOINTS, self.progress.say),
+        }  # fmt: skip
+        return session
+
+    def _is_last(self) -> bool:
+        """Whether this worker is the one that retests: the first to ask among those that live."""
+        with self.storage.lock():
+            others = self.workers.all()
+            holder = self.storage.attr("retests")
+            if holder is not None and not self.workers.dead(holder, others):
+                self.progress.say("another worker retests and writes the report")
+                return False
+            self.storage.set_attr("retests", self.workers.name)
+            return True
+
+    def _retest(self, session: Session) -> None:
+        from peftscape.search.retest import retest
+
+        self.budget.others = drawn({k: v for k, v in self.workers.all().items() if k != self.workers.name})
+        self.budget.retesting = True
+        before = self.account.device_s
+        with self.account.spending("retest_s"):
+            try:
+                retest(session, self.storage, self.budget, self.progress)
+            except HangError:
+                self.progress.say("the time was over within a step of a retest")
+        # Steps are measured one by one, evaluations within retests are not.
+        self.account.device_s = max(self.account.device_s, before + 0.95 * self.account.retest_s)
+
+    def _interim(self, records: int) -> None:
+        """A report of what there is, after the first trials and whenever there are twice as many.
+
+        It lies there whatever happens next, and says how long the last one will take.
+        """
+        due = records >= max(self.config.search.lanes, 2 * self.reported)
+        if due and self.budget.left_s() > 4 * self.budget.report_s:
+            self.reported = records
+            self._report()
+
+    def _report(self) -> None:
+        from peftscape.analysis.report import write_report
+
+        path = self.out / REPORT
+        started = time.monotonic()
+        self.budget.elapsed_s()
+        self.workers.beat()
+        part = self.out / f".{REPORT}.part"
+        with self.account.spending("report_s"), writing(path):
+            try:
+                write_report(self.storage.study(), part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        took = time.monotonic() - started
+        self.budget.reported(took)
+        self.storage.set_attr("report_s", took)
+
+    def _end(self) -> None:
+        self.budget.promise(0, 0)
+        elapsed = self.budget.elapsed_s()
+        try:
+            with self.storage.lock():
+                self.workers.leave()
+                self.storage.set_attr("spent_s", max(elapsed, float(self.storage.attr("spent_s", 0.0))))
+                if self.storage.attr("retests") == self.workers.name:
+                    self.storage.set_attr("retests", None)
+            self.storage.copy(now=True)
+        except Exception as error:  # what ended the session is told, not what this then met
+            self.progress.say(f"the session's end could not be written: {error}")
+
+
+def _spent_s(storage: Storage) -> float:
+    """Seconds that all sessions so far took, those side by side once; a killed one's to its last sign of life."""
+    attrs = storage.attrs()
+    ends = [float(said["joined_s"] + said["wall_s"]) for key, said in attrs.items() if key.startswith(PREFIX)]
+    return max(float(attrs.get("spent_s", 0.0)), *ends, 0.0)
 
 
 def _limits(
@@ -84,33 +239,25 @@ def _limits(
 ) -> dict[str, Any]:
     """The budget in force: the configuration's, or what earlier sessions extended it to, and now more."""
     time_s = parse_duration(config.budget.time) if config.budget.time else None
-    own = {"trials": config.budget.trials, "time_s": time_s}
+    own = {
+        "trials": config.budget.trials, "time_s": time_s, "device_time": config.budget.device_time,
+        "examples": config.budget.examples,
+    }  # fmt: skip
     known = storage.attr("limits")
+    if known:  # of a version that knew fewer
+        known = {**known, "own": {**dict.fromkeys(own), **known["own"]}}
     limits = dict(known["extended"]) if known and known["own"] == own else dict(own)
     if more_trials is not None:
         limits["trials"] = storage.trained() + more_trials
         limits["time_s"] = None if more_time_s is None else limits["time_s"]
     if more_time_s is not None:
-        limits["time_s"] = float(storage.attr("spent_s", 0.0)) + more_time_s
+        limits["time_s"] = _spent_s(storage) + more_time_s
         limits["trials"] = limits["trials"] if more_trials is not None else None
-    if limits["trials"] is None and limits["time_s"] is None:
-        raise InputError("budget", ["trials, time or both have to be limited"])
-    storage.set_attr("limits", {"own": own, "extended": limits})
+    ends = (limits["trials"], limits["time_s"], config.budget.device_time, config.budget.examples)
+    if all(end is None for end in ends):
+        raise InputError("budget", ["trials, time, device_time or examples have to be limited"])
+    new = {"own": own, "extended": limits}
+    if new != known:
+        storage.set_attr("limits", new)
+        storage.set_attr("finished", False)
     return limits
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a search as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,6 +17,9 @@ SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
 """The files that `read_file` reads, told apart by their ending."""
 
 
+LINE_BYTES = 16 * 2**20
+"""Longer lines are no texts that a model reads; parsers would hold several copies of them."""
+
 _QUOTED_CELL = re.compile(r'"([^"]|"")*"')
 
 
@@ -64,6 +67,8 @@ def read_file(source: str, *, limit: int | None = None) -> Table:
         here = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         raise TaskError(source, [f"no such file: {source}{nearest(path.name, here)}"])
     suffix = path.suffix.lower()
+    if suffix != ".parquet" and (line := _long_line(path)):
+        raise TaskError(source, [f"{source}, line {line}: longer than {LINE_BYTES:,} bytes; is this a table of texts?"])
     try:
         if suffix == ".parquet":
             return _parquet(source, path, limit)
@@ -75,6 +80,22 @@ def read_file(source: str, *, limit: int | None = None) -> Table:
         raise TaskError(source, [_not_utf8(path)]) from None
     kind = f"{suffix} files" if suffix else "files without an ending"
     raise TaskError(source, [f"{source}: cannot read {kind}; can read {', '.join(SUFFIXES)}"])
+
+
+def _long_line(path: Path) -> int | None:
+    """The number of the first line that is too long; told from blocks, so that it is never in memory."""
+    number, length = 1, 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            lines = block.split(b"\n")
+            for part in lines[:-1]:
+                if length + len(part) > LINE_BYTES:
+                    return number
+                number, length = number + 1, 0
+            length += len(lines[-1])
+            if length > LINE_BYTES:
+                return number
+    return None
 
 
 def _csv(source: str, path: Path, separator: str, limit: int | None) -> Table:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.base import Method, Tensor, Tensors
 from peftscape.spaces.words import nearest
 
 if TYPE_CHECKING:
     import torch
 
-    from peftscape.spaces.methods.base import Method, Own
+    from peftscape.spaces.methods.base import Own
     from peftscape.spaces.sites import Site
 
 SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
@@ -32,7 +32,7 @@ class Mask:
     Args:
         sparsity: the zeroed fraction, 0 <= sparsity < 1 (the SparseAdapter code calls the kept fraction so).
         score: what is kept: `random`, `magnitude` (of the initial draw), `snip` (|gradient * value| on one batch,
-            arXiv:1810.02340), `grasp` (-value * Hessian-gradient product, arXiv:2002.07376) or `synflow`
+            arXiv:1810.02340), `grasp` (value * Hessian-gradient product, arXiv:2002.07376) or `synflow`
             (|value * gradient of the data-free flow|, arXiv:2006.05467).
     """
 
@@ -89,7 +89,7 @@ def _masked(name: str, value: torch.Tensor, row: Own, share: Share) -> torch.Ten
     if score is None:
         return value
     chosen = top(score.detach(), share.count(score.numel())).to(value)
-    return value * (chosen + score - score.detach())
+    return value * (chosen + (score - score.detach()))  # exactly the mask: the bracket is zero, with a gradient
 
 
 def dropped_below(drop: int, source: torch.Generator | None) -> int:
@@ -123,6 +123,8 @@ def read_compositions(row: Mapping[str, Any], kind: type[Method], at: str, error
         found["mask"] = _mask(row["mask"], kind, f"{at}.mask", errors)
     if row.get("share") is not None:
         found["share"] = _share(row["share"], f"{at}.share", errors)
+        if any(getattr(kind, hook) is not getattr(Method, hook) for hook in ("prepare", "after_step", "finish")):
+            errors.append(f"{at}.share: {kind.name} sets tensors of its sites itself while it trains")
     if row.get("gate") is not None:
         if not isinstance(row["gate"], bool):
             errors.append(f"{at}.gate: true or false was expected, not {row['gate']!r}")

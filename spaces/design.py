@@ -70,6 +70,25 @@ class Placement:
                     yield key, site, name, tensor
 
     @property
+    def merges(self) -> bool:
+        """Whether its change folds into the backbone's weights; a gated one depends on the text."""
+        return self.method.merges and not self.gate
+
+    def flops(self, site: Site, tokens: int) -> int:
+        """Forward FLOPs at a site: the method's, and the gate's product with what its module reads."""
+        return self.method.flops(site, tokens) + (2 * tokens * site.d_in if self.gate else 0)
+
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        """Tensors of the site's own that autograd keeps: see `Method.keeps`."""
+        own = self.method.keeps(site)
+        return (*own, "x") if self.gate and "x" not in own else own
+
+    def saved_floats(self, site: Site, tokens: int) -> int:
+        """Numbers that autograd keeps besides those; a gate's, with what it weighs."""
+        weighed = 2 * self.method.prefix_length() * site.d_out if site.kind == "kv" else tokens * (site.d_out + 1)
+        return self.method.saved_floats(site, tokens) + (tokens + weighed if self.gate else 0)
+
+    @property
     def expands(self) -> bool:
         """Whether sites see other tensors than those declared."""
         return self.share is not None or self.drop > 0 or type(self.method).expand is not Method.expand
@@ -167,6 +186,11 @@ class Design:
     def full(self) -> bool:
         """Whether it trains every weight of the backbone."""
         return any("model" in p.sites for p in self.placements)
+
+    @property
+    def passes(self) -> int:
+        """How often a text goes through the backbone in a training step."""
+        return 1 + any(p.method.consistency() > 0 for p in self.placements)
 
     def prompt_length(self) -> int:
         """Virtual tokens in the sequence."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from peftscape.spaces.sites import SiteMap
+
+if TYPE_CHECKING:
+    from peftscape.spaces.design import Design
 
 #: How attention is computed, which decides what it keeps. `eager`: scores written out, as transformers does. `fused`:
 #: one kernel without a mask (arXiv:2205.14135). `masked`: that kernel with a mask of padding, as transformers calls
@@ -25,6 +28,14 @@ def check_layer(sites: SiteMap, lowest_layer: int) -> None:
     """Raises ValueError for a layer that is not there."""
     if not -1 <= lowest_layer <= sites.layers:
         raise ValueError(f"lowest_layer: {lowest_layer} of a backbone with layers 0 to {sites.layers - 1}")
+
+
+def kinds_at(design: Design, sites: SiteMap, layer: int) -> set[str]:
+    """The kinds that a design adapts in a layer, each by its place in it: a last norm lies where the block ends."""
+    here = [s for p in design.placements for s in p.where(sites) if s.layer == layer]
+    norms = [s for s in sites.sites if s.kind == "norm" and s.layer == layer]
+    ends = sites.norm_place == "post" and layer >= 0
+    return {"block" if ends and s == norms[-1] else s.kind for s in here}
 
 
 def stage_of(sites: SiteMap, kinds: Iterable[str] | None) -> tuple[int, frozenset[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.activations import activation_bytes
-from peftscape.spaces.flow import Attention, is_fused
+from peftscape.spaces.flow import Attention, is_fused, kinds_at
 from peftscape.spaces.profiles import WIDTH, Profile
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def kept(
     attention = attention or profile.attention
     length, width = tokens + design.prompt_length(), WIDTH[dtype]
     lowest = design.lowest_layer(sites)
-    at_lowest = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest}
+    at_lowest = kinds_at(design, sites, lowest)
     backbone = activation_bytes(
         sites, length, batch, lowest, width, kinds=at_lowest or None, full=design.full, attention=attention
     )
@@ -89,7 +89,8 @@ def kept(
     if profile.cache and sites.causal and not checkpointing:
         prefix = sum(_prefix(p.method) for p in design.placements)
         held += sites.layers * batch * (length + prefix) * 2 * sites.d_kv * width
-    return Kept(backbone=backbone, adapters=adapters, copies=copies, held=held)
+    passes = design.passes
+    return Kept(backbone=passes * backbone, adapters=passes * adapters, copies=passes * copies, held=held)
 
 
 def _adapters(
@@ -104,9 +105,9 @@ def _adapters(
     for placement in design.placements:
         for site in placement.where(sites):
             method = placement.method
-            total += batch * method.saved_floats(site, length) * own
+            total += batch * placement.saved_floats(site, length) * own
             total += batch * _prefix_bytes(method, site, sites, length, width, attention)
-            for which in method.keeps(site):
+            for which in placement.keeps(site):
                 if (
                     which == "y"
                 ):  # each change of a site's output makes a new tensor, of all of a fused linear's columns
@@ -168,5 +169,5 @@ def _copied(design: Design, sites: SiteMap, profile: Profile, lowest: int) -> in
         tensor.size
         for p in design.placements
         for _, site, _, tensor in p.tensors(sites)
-        if len(tensor.shape) > 1 and site.kind not in ("kv", "input") and site.layer >= lowest
+        if len(tensor.shape) > 1 and tensor.deployed and site.kind not in ("kv", "input") and site.layer >= lowest
     )

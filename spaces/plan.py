@@ -187,7 +187,7 @@ def plan(
         memory = _memory(design, sites, profile, setting, objective, output_head, on_head)
         flops = _flops(design, sites, setting, objective, on_head)
         unmerged = extra_flops(design, sites, setting.length)[2] / setting.length
-        beside = [p for p in design.placements if not p.method.merges]
+        beside = [p for p in design.placements if not p.merges]
         deployed = sum(t.size for p in beside for _, _, _, t in p.tensors(sites) if t.deployed)
         extra = (unmerged, deployed * WIDTH[setting.dtype])
     if any(p.method.prompt_length() for p in design.placements) and counts_only is None:

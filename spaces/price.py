@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftscape.spaces.cost import backward_flops, forward_flops, model_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, head_shapes, stored_tensors
-from peftscape.spaces.flow import STAGES, Attention
+from peftscape.spaces.flow import STAGES, Attention, kinds_at
 from peftscape.spaces.kept import kept
 from peftscape.spaces.profiles import PROFILES, WIDTH
 from peftscape.spaces.record import Costs
@@ -60,13 +60,17 @@ def extra_flops(design: Design, sites: SiteMap, length: int) -> tuple[int, int, 
     forward = backward = unmerged = 0
     for placement in design.placements:
         for site in placement.where(sites):
-            flops = placement.method.flops(site, length)
+            flops = placement.flops(site, length)
             forward += flops
-            unmerged += 0 if placement.method.merges else flops
+            unmerged += 0 if placement.merges else flops
             no_input = site.layer == lowest and STAGES.get(site.kind, -1) == bottom
             # Of the four gradients around a prefix, the queries' is the input's.
             no_input = no_input and not (site.kind == "kv" and "q" in at_lowest)
-            backward += 2 * flops - (flops // 2 if no_input else 0)
+            fixed = placement.method.fixed_flops(site, length)
+            if no_input and fixed:  # nothing before the second product has a gradient
+                backward += flops - fixed
+            else:
+                backward += 2 * flops - fixed - (flops // 2 if no_input else 0)
     return forward, backward, unmerged
 
 
@@ -75,11 +79,11 @@ def train_flops(
 ) -> tuple[int, int]:
     """FLOPs of one sequence's (forward, backward), the head left out; `length` counts virtual tokens."""
     lowest = design.lowest_layer(sites)
-    kinds = {s.kind for p in design.placements for s in p.where(sites) if s.layer == lowest} or None
+    kinds = kinds_at(design, sites, lowest) or None
     forward, backward, _ = extra_flops(design, sites, length)
     forward += forward_flops(sites, length, batch=batch)
     backward += backward_flops(sites, length, lowest, kinds=kinds, batch=batch, full=design.full, attention=attention)
-    return forward, backward
+    return design.passes * forward, design.passes * backward
 
 
 def head_flops(design: Design, sites: SiteMap, size: int) -> tuple[int, int]:
@@ -118,7 +122,7 @@ def costs(
         adapter=adapter,
         head=on_head,
         trainable=adapter + on_head,
-        train_flops=forward + backward + head_flops(design, sites, on_head)[1],
+        train_flops=forward + backward + design.passes * head_flops(design, sites, on_head)[1],
         infer_flops=forward_flops(sites, length)
         + head_flops(design, sites, on_head)[0]
         + extra_flops(design, sites, length)[2],

@@ -123,8 +123,9 @@ class _Reader:
 
     def _composition(self, value: Any, key: str, kind: type[Method], at: str) -> Any:
         """A constant or a domain; of `share` the kept fraction, 0 for none."""
-        if key == "share":
-            value = value.get("kept", 1.0) if isinstance(value, Mapping) else value
+        if key == "share" and isinstance(value, Mapping):
+            self._unknown(value, ("kept",), f"{at}.")
+            value = value.get("kept", 1.0)
         value = self._value(value, at)
         for end in value.ends() if isinstance(value, Domain) else (value,):
             given = ({"kept": end} if end else None) if key == "share" else end

@@ -6,6 +6,7 @@ Lanes are packed: a lane's tokens are its texts end to end, and what lies betwee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,33 @@ class Text:
             1, self.row.new_tensor(range(self.texts)).long(), x
         )
         return padded.gather(1, self.row.unsqueeze(-1).expand(-1, -1, width))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A row for each text: lanes x tokens x width to lanes x texts x longest x width; 0 behind a text's end."""
+        lanes, _, width = x.shape
+        index = self._slots.unsqueeze(-1).expand(-1, -1, width)
+        rows = x.new_zeros(lanes, self.texts * self.longest + 1, width).scatter(1, index, x)
+        return rows[:, :-1].view(lanes, self.texts, self.longest, width)
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`; 0 between texts."""
+        import torch
+
+        lanes, width = len(rows), rows.shape[-1]
+        flat = rows.reshape(lanes, -1, width)
+        flat = torch.cat([flat, flat.new_zeros(lanes, 1, width)], dim=1)
+        return flat.gather(1, self._slots.unsqueeze(-1).expand(-1, -1, width))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.length.max())
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """lanes x tokens: where each token lies in the flattened rows; the last slot is for those between texts."""
+        slots = self.row * self.longest + self.place
+        return slots.where(self.row < self.texts, self.texts * self.longest)
 
     def lanes(self, first: int, count: int) -> Text:
         """The texts of some neighbouring lanes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -28,3 +29,13 @@ class InputError(ValueError):
         self.where, self.errors = where, tuple(errors)
         head = f"{where}: {len(errors)} error{'s' if len(errors) != 1 else ''}"
         super().__init__("\n".join([head, *(f"  {e}" for e in errors)]))
+
+
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=unique)`: an object in which no key comes twice. Raises ValueError."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f'"{key[:60]}" is given twice')
+        found[key] = value
+    return found

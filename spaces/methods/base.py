@@ -71,12 +71,14 @@ class Lanes:
 
     Both are tensors; a name that is neither is a mistake in the method, and says so. A method with `needs_weight`
     finds the frozen `p.weight` (d_out x d_in; a norm's gain) and `p.bias` (None where there is none), without a lane
-    dimension; one with `needs_text` finds `p.text`, a `peftscape.spaces.text.Text`.
+    dimension, and for a norm `p.normalise(x)`, before gain and bias, and `p.norm(x)`, all of it; one with
+    `needs_text` finds `p.text`, a `peftscape.spaces.text.Text`.
     """
 
     weight: Array
     bias: Array | None
     normalise: Callable[[Array], Array]
+    norm: Callable[[Array], Array]
     text: Text
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -228,6 +230,10 @@ class Method:
     def flops(self, site: Site, tokens: int) -> int:
         """Forward FLOPs for one sequence beyond the frozen site's: 2 a parameter and token, unless overridden."""
         return 2 * tokens * sum(t.size for t in self.tensors(site).values() if t.deployed)
+
+    def fixed_flops(self, site: Site, tokens: int) -> int:
+        """Of `flops` those of a first product whose factor does not train: it has no gradient to pay for."""
+        return 0
 
     def keeps(self, site: Site) -> tuple[str, ...]:
         """Which tensors of the site's own autograd keeps for this method: `x` (what it reads), `y` (what it gives).

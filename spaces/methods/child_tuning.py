@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from peftscape.spaces.knobs import choice, knob, uniform
 from peftscape.spaces.methods.base import Tensor, Tensors
 from peftscape.spaces.methods.fish_mask import FishMask
-from peftscape.spaces.ops import weights
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,6 @@ from peftscape.spaces.methods.lt_sft import LTSFT
 from peftscape.spaces.ops import weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from peftscape.spaces.methods.base import Array, Own

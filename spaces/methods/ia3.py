@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.peft_form import PeftForm
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -35,6 +37,26 @@ class IA3(Method):
 
     def apply_input(self, p: Lanes, x: Array) -> Array:
         return x * p.s.unsqueeze(1)
+
+    def in_peft(self, site: Site) -> PeftForm | str:
+        reads = self.side(site) == "input"
+        if reads and site.span is not None:
+            return f"HF peft's (IA)^3 cannot scale what only a part of {site.path} reads"
+        return PeftForm(
+            kind="IA3",
+            axes={"ia3_l": (1, "in") if reads else ("out", 1)},
+            names={"s": "ia3_l"},
+            config={"fan_in_fan_out": site.transposed, "feedforward_modules": ()},
+            rest={"ia3_l": 1.0},
+            listed=("target_modules", *(["feedforward_modules"] if reads else [])),
+            splits=True,
+        )
+
+    @classmethod
+    def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+        if settings["peft_type"] != "IA3":
+            return None
+        return {"inputs": [site.kind] if settings["feedforward_modules"] else []}
 
     def flops(self, site: Site, tokens: int) -> int:
         return 0  # element-wise, which is nothing beside products

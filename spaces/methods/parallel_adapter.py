@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftscape.spaces import ops
 from peftscape.spaces.knobs import knob, ladder, log_uniform
 from peftscape.spaces.methods.base import Lanes, Method, Tensors
 from peftscape.spaces.methods.sequential_adapter import (
@@ -12,7 +13,6 @@ from peftscape.spaces.methods.sequential_adapter import (
     bottleneck_tensors,
     check_bottleneck,
 )
-from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -35,7 +35,9 @@ class ParallelAdapter(Method):
         return bottleneck_tensors(site.d_out, self.size)
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return y + p.scale * ops.bottleneck(x, p.down, p.down_bias, p.up, p.up_bias, self.activation)
+        return ops.adapter(
+            y, p.down, p.down_bias, p.up, p.up_bias, self.activation, x=x, scale=p.scale, size=p.size
+        )
 
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.knobs import choice, knob, ladder
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.peft_form import PeftForm
 
 if TYPE_CHECKING:
-    from peftscape.spaces.methods.base import Array
+    from peftscape.spaces.methods.base import Array, Own
     from peftscape.spaces.sites import Site
 
 
@@ -40,6 +42,40 @@ class PrefixTuning(Method):
 
     def position_shift(self) -> int:
         return self.length if self.positions == "shift" else 0
+
+    def in_peft(self, site: Site) -> PeftForm | str:
+        if self.positions != "shift":
+            return "HF peft's prefix tuning shifts the text's positions by the prefix's length"
+        width = site.d_out
+
+        def write(own: Own) -> Own:
+            import torch
+
+            return {"prompt_embeddings": torch.cat([own["keys"], own["values"]], dim=1)}
+
+        return PeftForm(
+            kind="PREFIX_TUNING",
+            # A row is a virtual token: the keys of layer 0, its values, the keys of layer 1 ...
+            axes={"prompt_embeddings": (self.length, "beside")},
+            write=write,
+            read=lambda found: {
+                "keys": found["prompt_embeddings"][:, :width], "values": found["prompt_embeddings"][:, width:]
+            },
+            config={
+                "num_virtual_tokens": self.length, "token_dim": width, "encoder_hidden_size": width,
+                "prefix_projection": False,
+            },
+            beside=2 * width,
+            common=("prompt_embeddings",),
+            virtual=True,
+            note="HF peft's prefix tuning",
+        )  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+        if cls is not PrefixTuning or settings["peft_type"] != "PREFIX_TUNING" or settings.get("prefix_projection"):
+            return None
+        return {"length": settings["num_virtual_tokens"], "positions": "shift"}
 
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * self.length * site.d_in  # scores and their sum over values; d_in is the queries' width

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.knobs import knob, ladder
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.peft_form import PeftForm
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -34,6 +36,27 @@ class PromptTuning(Method):
 
     def position_shift(self) -> int:
         return self.length
+
+    def in_peft(self, site: Site) -> PeftForm:
+        return PeftForm(
+            kind="PROMPT_TUNING",
+            axes={"prompt_embeddings": (self.length, "beside")},
+            names={"prompt": "prompt_embeddings"},
+            config={
+                "num_virtual_tokens": self.length, "token_dim": site.d_out, "prompt_tuning_init": "RANDOM"
+            },
+            beside=site.d_out,
+            common=("prompt_embeddings",),
+            virtual=True,
+            # The transformers class cannot tell padding from text behind a prompt, wherever the padding is.
+            note="HF peft's prompt tuning; peft's batches must hold texts of one length (it pools padding otherwise)",
+        )  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+        if settings["peft_type"] != "PROMPT_TUNING":
+            return None
+        return {"length": settings["num_virtual_tokens"]}
 
     def flops(self, site: Site, tokens: int) -> int:
         return 0  # its tokens run through the whole model: `prompt_length` says so

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftscape.spaces import ops
 from peftscape.spaces.knobs import choice, knob, ladder
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
-from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -50,7 +50,7 @@ class SequentialAdapter(Method):
         return bottleneck_tensors(site.d_out, self.size)
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return y + ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
+        return ops.adapter(y, p.down, p.down_bias, p.up, p.up_bias, self.activation, size=p.size)
 
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size

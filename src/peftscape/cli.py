@@ -5,6 +5,7 @@ Commands load what they need when they run, so that help, checks and errors answ
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftscape import cli_plan, cli_runs, cli_show
+from peftscape import cli_compare, cli_plan, cli_runs, cli_show
 from peftscape.cli_common import (
     BAD_INPUT,
     INTERRUPTED,
     Json,
     Set,
+    command_started,
     plain_table,
     print_json,
     show,
@@ -45,6 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DESIGN_BYTES = 2**24
+
 Model = Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id.")]
 TaskOption = Annotated[str | None, typer.Option(help="An embedded task, a file, a folder, or a hub id.")]
 Space = Annotated[str | None, typer.Option(help="A preset: unified, lora, autopeft.")]
@@ -63,6 +67,10 @@ def search(
     model: Model = None,
     task: TaskOption = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampler and the lanes.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the search.")] = 1,
+    storage: Annotated[str | None, typer.Option(help="A PostgreSQL database, for several machines.")] = None,
+    fork: Annotated[bool, typer.Option("--fork", help="A new study that knows the results of the one there.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Then train the path to the best design.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Search, many designs training at once, for a front, a report and adapters.
@@ -83,14 +91,25 @@ def search(
     named |= {"budget.trials": trials, "budget.time": time}
     config = _config(file, out, [*_task(task), *_overrides(named), *(set_ or [])])
     out = out or Path("runs") / config.name
+    old = out if fork and (out / "study.db").is_file() else None
+    if old is not None:
+        out = next(p for n in itertools.count(2) if not (p := out.with_name(f"{old.name}-{n}")).exists())
+        show(f"the new study is in {out}")
 
     from peftscape.search.study import run_search
 
     try:
-        study = run_search(config, out, more_trials=more, more_time_s=more_time_s, quiet=quiet)
+        study = run_search(
+            config, out, more_trials=more, more_time_s=more_time_s, quiet=quiet, storage_url=storage, fork=old,
+            workers=workers, started=command_started(),
+        )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    if ablate:
+        from peftscape.search.ablate import ablate as train_path
+
+        study = train_path(out, storage_url=storage, quiet=quiet)
     cli_runs.show_study(study, out)
 
 
@@ -193,13 +212,17 @@ def _task(word: str | None) -> list[str]:
 
 def _design(path: Path) -> Any:
     """The JSON in a file; of an adapter's `design.json`, the design in it."""
-    from peftscape.spaces.words import InputError
+    from peftscape.spaces.words import InputError, unique
 
     if not path.is_file():
         raise InputError(str(path), ["no such file"])
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if path.stat().st_size > DESIGN_BYTES:
+            raise InputError(path.name, [f"larger than the {DESIGN_BYTES:,} bytes that are read"])
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(path.name, [f"not JSON: {error}"]) from None
     return value["design"] if isinstance(value, dict) and "design" in value else value
 
@@ -254,6 +277,7 @@ def _show_checked(source: str, config: SearchConfig, found: Checked) -> None:
 cli_show.register(app)
 cli_runs.register(app)
 cli_plan.register(app)
+cli_compare.register(app)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, NO_ROOM, INTERRUPTED = 2, 4, 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[
@@ -24,7 +24,7 @@ Set = Annotated[
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """What is wrong with the input ends the command with its message and status 2, Ctrl-C with 130."""
+    """What is wrong with the input ends the command with its message and status 2, a full disk with 4, Ctrl-C 130."""
     try:
         yield
     except typer.Exit:
@@ -33,10 +33,46 @@ def told_plainly() -> Iterator[None]:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, RuntimeError, OSError) as error:
+        if message := _no_room(error):
+            typer.echo(message, err=True)
+            raise typer.Exit(NO_ROOM) from None
         if not _is_input(error):
             raise
         typer.echo(str(error), err=True)
         raise typer.Exit(BAD_INPUT) from None
+
+
+def _no_room(error: Exception) -> str | None:
+    """What to say of a disk that is full or broken."""
+    from peftscape.search.disk import DiskError, no_room
+
+    if isinstance(error, DiskError):
+        return str(error)
+    if isinstance(error, OSError) and (why := no_room(error)):
+        return f"{error.filename or 'a file'}: could not be written: {why}"
+    return None
+
+
+def command_started() -> float:
+    """When this process began, by `time.monotonic()`: Python itself and imports are part of a command's time."""
+    import os
+    import time
+    from pathlib import Path
+
+    now = time.monotonic()
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        age = since_boot - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now  # not Linux
+    return now - max(0.0, age)
+
+
+def plain_cell(value: Any) -> Any:
+    """A cell of a CSV file: text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    risky = isinstance(value, str) and (value.lstrip()[:1] in ("=", "+", "-", "@") or value[:1] in ("\t", "\r"))
+    return f"'{value}" if risky and value.strip() else value
 
 
 def _is_input(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftscape.cli_common import Json, plain_table, print_json, show
+from peftscape.cli_common import Json, plain_cell, plain_table, print_json, show
 
 if TYPE_CHECKING:
     from peftscape.analysis.sources import Study
@@ -194,5 +194,5 @@ def predict(
 
 def _write(file: Any, heads: list[str], rows: Any) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows(rows)
+    writer.writerow([plain_cell(head) for head in heads])
+    writer.writerows([plain_cell(cell) for cell in row] for row in rows)

@@ -14,12 +14,14 @@ import synthetic
 from rich.console import Console
 
 from peftscape.analysis import units
+from peftscape.analysis.ablation import missing
 from peftscape.analysis.figures import family, front_figure, hovers
+from peftscape.analysis.findings import find
 from peftscape.analysis.forms import write
 from peftscape.analysis.front import front
 from peftscape.analysis.picks import picks
 from peftscape.analysis.report import write_report
-from peftscape.analysis.sources import Study, from_optuna
+from peftscape.analysis.sources import Study, from_optuna, load
 from peftscape.analysis.table import front_json, front_table, trials_json
 from peftscape.analysis.watch import watch
 from peftscape.spaces.record import Score
@@ -104,7 +106,7 @@ def test_figures_are_valid_plotly_and_show_every_score() -> None:
         shown = [
             n
             for trace in figure["data"]
-            if "validation" not in trace["name"] and "test" not in trace["name"]
+            if not trace["name"].startswith(("front members", "test mean"))
             for n in trace.get("customdata", ())
         ]
         assert sorted(shown) == [r.number for r in study.records if r.scores]
@@ -214,6 +216,37 @@ def test_a_live_view_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) 
 
     watch(read, every=0.0, rounds=2)
     assert "complete" in capsys.readouterr().out
+
+
+def test_the_path_to_the_best_design_says_which_steps_are_predicted(tmp_path: Path) -> None:
+    def lora(number: int, score: float, rank: int, lr: float, book: str | None = None) -> synthetic.Record:
+        design = {"placements": [{"method": "lora", "sites": ["q"], "rank": rank}], "training": {"lr": lr}}
+        return synthetic.record(number, score, 1000 * rank, design=design, textbook=book)
+
+    study = of(lora(0, 0.8, 8, 0.1, "Hu et al. 2021"), lora(1, 0.9, 16, 0.3), lora(2, 0.7, 4, 0.2))
+    text = re.sub(r"\s+", " ", " ".join(page(study, tmp_path).text))
+    assert "1 step is predicted by a random forest: peftscape search --ablate trains it" in text
+    step = missing(find(study).path)[0]
+    made = synthetic.record(5, 0.85, design=dict(step))
+    whole = dataclasses.replace(study, ablations=(made,))
+    text = re.sub(r"\s+", " ", " ".join(page(whole, tmp_path).text))
+    assert "recorded for this path" in text
+    assert "--ablate" not in text
+
+
+def test_a_source_without_adapters_says_how_to_train_a_design(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(json.dumps(r.to_json()) for r in synthetic.records(12)))
+    text = " ".join(page(load(file), tmp_path).text)
+    assert "peftscape train design-" in text
+    assert "peftscape export" not in text
+
+
+def test_a_curve_says_what_to_expect_and_where_it_extrapolates(tmp_path: Path) -> None:
+    text = re.sub(r"\s+", " ", " ".join(page(synthetic.study(60, retested=5), tmp_path).text))
+    assert "What quality to expect at a cost, and what cost for a quality" in text
+    assert "(extrapolated)" in text
+    assert "By these curves the best come from" in text
 
 
 def test_one_retest_seed_has_no_interval(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import synthetic
 
 from peftscape.analysis.front import Objective
 from peftscape.analysis.sources import SourceError, from_optuna, load
+from peftscape.spaces.record import SCHEMA
 
 
 def url(folder: Path) -> str:
@@ -83,9 +84,9 @@ def test_json_lines(tmp_path: Path) -> None:
 
 def test_a_record_of_a_newer_peftscape_is_refused_by_trial() -> None:
     study, _ = synthetic.store(synthetic.records(2), optuna.storages.InMemoryStorage())
-    data = {**synthetic.record(2).to_json(), "schema": 2}
+    data = {**synthetic.record(2).to_json(), "schema": SCHEMA + 1}
     study.add_trial(optuna.trial.create_trial(values=[0, 0], user_attrs={"record": data}))
-    with pytest.raises(SourceError, match=r"trial 2: .*schema 2 is newer"):
+    with pytest.raises(SourceError, match=rf"trial 2: .*schema {SCHEMA + 1} is newer"):
         from_optuna(study)
 
 

@@ -13,13 +13,14 @@ from peftscape.analysis.belief import believe
 from peftscape.analysis.compare import (
     as_good_as_best,
     better_than,
-    compare_runs,
     holm,
     optimism,
     paired,
     paired_by_example,
+    seed_luck,
 )
 from peftscape.analysis.front import hypervolume, parse_limits, parse_objectives, within
+from peftscape.analysis.runs import compare_runs
 from peftscape.analysis.shrink import front_probability, posterior
 from peftscape.spaces.record import Score
 
@@ -84,6 +85,21 @@ def test_the_paired_test_is_scipys() -> None:
     )
     assert found.probability == pytest.approx(stats.ttest_rel(a, b, alternative="less").pvalue, abs=1e-9)
     assert paired_by_example([a], [b]).p == pytest.approx(oracle.pvalue)
+
+
+def test_pooled_luck_is_the_residual_of_designs_by_seeds() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(5, 3))
+    records = [
+        synthetic.record(i, retests=tuple(Score(seed=s, validation=0.9, test=float(v)) for s, v in enumerate(row)))
+        for i, row in enumerate(table)
+    ]
+    rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    found = seed_luck(records)
+    assert found is not None
+    assert found.variance == pytest.approx(2 * (rest**2).sum() / 8)
+    assert found.freedom == 8
+    assert seed_luck(records[:1]) is None
 
 
 def test_better_than_keeps_its_level_under_no_difference() -> None:

@@ -1,6 +1,8 @@
 """The report in a real headless Chromium: no errors, no requests, figures drawn, hover, sorting, filter, paper."""
 
 import dataclasses
+import itertools
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ import synthetic
 
 from peftscape.analysis.forms import browser as find_browser
 from peftscape.analysis.forms import write
+from peftscape.analysis.runs import compare
+from peftscape.analysis.runs_report import write_comparison
 from peftscape.analysis.sources import Study
 
 pytestmark = pytest.mark.browser
@@ -37,7 +41,7 @@ def chromium() -> Iterator[Any]:
 class Opened:
     """A page with what it said and asked for."""
 
-    def __init__(self, chromium: Any, study: Study, folder: Path, width: int = 1200) -> None:
+    def __init__(self, chromium: Any, path: Path, width: int = 1200, wait: str = "#plot .main-svg") -> None:
         self.page = chromium.new_page(viewport={"width": width, "height": 900})
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -45,26 +49,40 @@ class Opened:
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        path = write(study, folder / "report.html")
         self.page.goto(path.resolve().as_uri())
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_selector(wait, timeout=60_000)
+
+    def is_quiet_and_alone(self) -> bool:
+        """No message in the console, no dialog, and no request but for the file itself."""
+        return self.said == [] and all(url.startswith(("file:", "data:", "blob:")) for url in self.asked)
+
+    def picture(self, name: str) -> None:
+        """A screenshot of all of it, where `PEFTSCAPE_SHOTS` names a folder: to be looked at."""
+        if folder := os.environ.get("PEFTSCAPE_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.wait_for_timeout(500)
+            self.page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def opened(chromium: Any, study: Study, folder: Path, width: int = 1200) -> Opened:
+    return Opened(chromium, write(study, folder / "report.html"), width)
 
 
 @pytest.mark.parametrize("n", [1, 10, 5000])
 def test_it_opens_without_errors_or_requests_and_draws(n: int, chromium: Any, tmp_path: Path) -> None:
-    opened = Opened(chromium, synthetic.study(n, retested=min(n, 6)), tmp_path)
-    opened.page.wait_for_selector("#plot .main-svg", timeout=30_000)
-    opened.page.screenshot(path=str(tmp_path / "report.png"))
-    assert opened.said == []
-    assert [url for url in opened.asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert opened.page.locator("#plot .scatterlayer .point").count() >= 1
-    assert opened.page.locator("#trials tbody tr").count() == n
-    opened.page.close()
+    found = opened(chromium, synthetic.study(n, retested=min(n, 6)), tmp_path)
+    found.picture(f"report-{n}")
+    assert found.is_quiet_and_alone(), (found.said, found.asked)
+    assert found.page.locator("#plot .scatterlayer .point").count() >= 1
+    assert found.page.locator("#trials tbody tr").count() == n
+    drawn = "id => document.getElementById(id)?.querySelector('.main-svg') !== null"
+    for place in found.page.locator(".figure").all():
+        assert found.page.evaluate(drawn, place.get_attribute("id"))
+    found.page.close()
 
 
 def test_hover_sorting_and_filter_work(chromium: Any, tmp_path: Path) -> None:
-    page = Opened(chromium, synthetic.study(60, retested=4), tmp_path).page
-    page.wait_for_selector("#plot .main-svg")
+    page = opened(chromium, synthetic.study(60, retested=4), tmp_path).page
     trace = "Plotly.Fx.hover(document.getElementById('plot'), [{curveNumber: document.getElementById('plot').data"
     page.evaluate(f"() => {trace}.findIndex(t => t.customdata), pointNumber: 0}}])")
     page.wait_for_selector("#plot .hoverlayer .hovertext")
@@ -80,20 +98,82 @@ def test_hover_sorting_and_filter_work(chromium: Any, tmp_path: Path) -> None:
     page.close()
 
 
-def test_a_phone_needs_no_sideways_scrolling(chromium: Any, tmp_path: Path) -> None:
-    page = Opened(chromium, synthetic.study(60, retested=4), tmp_path, width=390).page
-    page.wait_for_selector("#plot .main-svg")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 392
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_needs_no_sideways_scrolling_and_cuts_no_title(width: int, chromium: Any, tmp_path: Path) -> None:
+    found = opened(chromium, synthetic.study(60, retested=4), tmp_path, width=width)
+    page = found.page
+    found.picture(f"phone-{width}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = """() => [...document.querySelectorAll(".xtitle, .ytitle")].filter(title => {
+      const own = title.getBoundingClientRect(), box = title.closest(".js-plotly-plot").getBoundingClientRect();
+      return own.left < box.left - 1 || own.right > box.right + 1
+        || own.top < box.top - 1 || own.bottom > box.bottom + 1;
+    }).map(title => title.textContent)"""
+    assert page.evaluate(cut) == []
     page.close()
+
+
+def test_paper_holds_the_figures_and_the_fronts_members(chromium: Any, tmp_path: Path) -> None:
+    found = opened(chromium, synthetic.study(60, retested=4), tmp_path)
+    paper = found.page.pdf(format="A4")
+    assert paper.startswith(b"%PDF")
+    if folder := os.environ.get("PEFTSCAPE_SHOTS"):
+        (Path(folder) / "paper.pdf").write_bytes(paper)
+    found.page.emulate_media(media="print")
+    assert found.page.locator("#trials tbody tr:visible").count() == found.page.locator("#trials tr.member").count()
+    assert not found.page.locator("#filter").is_visible()
+    assert found.page.evaluate("document.querySelector('#likely ~ .tall').scrollHeight") <= found.page.evaluate(
+        "document.querySelector('#likely ~ .tall').clientHeight + 2"
+    )
+    found.page.close()
 
 
 def test_names_are_text(chromium: Any, tmp_path: Path) -> None:
     study = synthetic.study(30, retested=3)
     evil = tuple(dataclasses.replace(r, label=f"{EVIL} {'long ' * 40}", textbook=EVIL) for r in study.records)
-    opened = Opened(chromium, dataclasses.replace(study, records=evil, name=EVIL), tmp_path)
-    assert opened.said == []
-    assert EVIL in opened.page.locator("h1").text_content()
-    opened.page.close()
+    found = opened(chromium, dataclasses.replace(study, records=evil, name=EVIL), tmp_path)
+    found.picture("names")
+    assert found.is_quiet_and_alone(), (found.said, found.asked)
+    assert EVIL in found.page.locator("h1").text_content()
+    assert found.page.evaluate("document.documentElement.scrollWidth") <= 1200
+    found.page.close()
+
+
+def test_a_screen_reader_finds_its_way(chromium: Any, tmp_path: Path) -> None:
+    page = opened(chromium, synthetic.study(60, retested=4), tmp_path).page
+    assert page.evaluate("document.documentElement.lang") == "en"
+    levels = [int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => h.tagName)")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    asked = "[role=img], [role=region], [role=group], input, button, section"
+    nameless = """asked => [...document.querySelectorAll(asked)]
+      .filter(e => !e.closest(".js-plotly-plot .plotly") && !(e.getAttribute("aria-label") || e.textContent.trim()
+        || document.getElementById(e.getAttribute("aria-labelledby"))))
+      .map(e => e.outerHTML.slice(0, 80))"""
+    assert page.evaluate(nameless, asked) == []
+    assert page.evaluate("[...document.querySelectorAll('th')].filter(h => !h.scope).length") == 0
+    page.get_by_role("button", name="Validation").click()
+    assert page.locator("th[aria-sort]").count() == 1
+    page.close()
+
+
+def test_compared_runs_are_drawn_with_their_bands(chromium: Any, tmp_path: Path) -> None:
+    studies = [
+        dataclasses.replace(
+            synthetic.study(30, seed=seed),
+            config={"name": f"{EVIL}{seed}", "search": {"sampler": EVIL if seed % 2 else "tpe", "seed": seed}},
+            ended_s={i: 10.0 * (i + 1) for i in range(30)},
+        )
+        for seed in range(6)
+    ]
+    found = Opened(chromium, write_comparison(compare(studies), tmp_path / "compare.html"), wait="#trials .main-svg")
+    found.page.wait_for_selector("#surfaces .main-svg")
+    found.picture("compare")
+    assert found.is_quiet_and_alone(), (found.said, found.asked)
+    assert found.page.locator("#trials .fills path").count() >= 2
+    assert found.page.locator("#time .main-svg").count() >= 1
+    found.page.close()
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

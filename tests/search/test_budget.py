@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 
 from peftscape.search import budget as module
-from peftscape.search.budget import CAUTION, REPORT_S, RETEST_SHARE, Budget, parameter_limit, parse_duration
+from peftscape.search.budget import (
+    CAUTION,
+    CLOSE_S,
+    REPORT_GROWS,
+    REPORT_S,
+    RETEST_SHARE,
+    Budget,
+    drawn,
+    parameter_limit,
+    parse_bytes,
+    parse_duration,
+)
+from peftscape.search.retest_order import retest_order
+from peftscape.spaces.record import Costs
 
 
 class Clock:
@@ -134,3 +147,130 @@ def test_a_limit_is_a_number_or_a_percentage_of_the_backbone() -> None:
     assert parameter_limit(123, 1000) == 123
     assert parameter_limit("2%", 22_700_000) == 454_000
     assert parameter_limit(" 0.5 %", 1000) == 5
+
+
+# -- budgets beside trials and time
+
+
+def test_device_seconds_are_those_of_all_sessions_and_workers(clock: Clock) -> None:
+    of = budget(clock, device_s=100.0)
+    of.measured(1.0, 10)
+    assert of.account.device_s == 1.0
+    assert may_start(of)
+    of.others = {"device_s": 100 - 1 - CAUTION * 10 + 0.1}
+    assert not may_start(of)
+    of.others = {"device_s": 100 - 1 - CAUTION * 10 - 0.1}
+    assert may_start(of)
+    assert not of.over()
+    of.others = {"device_s": 99.0}
+    assert of.over()
+
+
+def test_examples_never_overshoot_by_one(clock: Clock) -> None:
+    of = budget(clock, examples=1000, batch=10)
+    assert may_start(of, steps=100)
+    assert not may_start(of, steps=101)
+    assert not may_start(of, steps=100, in_flight_steps=1)
+    of.measured(1.0, 4)  # 4 lane-steps of 10 examples
+    assert may_start(of, steps=96)
+    assert not may_start(of, steps=97)
+    of.others = {"examples": 10}
+    assert not may_start(of, steps=96)
+    assert of.may_train(0, 0, 95)
+    assert not of.may_train(1, 1, 95)
+    assert of.retests_that_fit(10) == pytest.approx(9.5)
+
+
+def test_what_others_promised_is_taken_until_they_have_ended() -> None:
+    at_work = {"device_s": 5.0, "examples": 100, "promised_s": 3.0, "promised_examples": 60, "ended": False}
+    ended = {**at_work, "ended": True}
+    assert drawn({"a": at_work, "b": ended}) == {"device_s": 13.0, "examples": 260}
+
+
+def test_a_promise_is_kept_in_the_account(clock: Clock) -> None:
+    of = budget(clock, batch=8)
+    of.measured(2.0, 4)
+    of.lane_evaluation_s = 1.0
+    of.promise(20, 2)
+    assert of.account.promised_examples == 160
+    assert of.account.promised_s == pytest.approx(20 * 0.5 + 2)
+
+
+def test_designs_over_a_limit_are_told_with_the_limit(clock: Clock) -> None:
+    price = Costs(adapter=90, head=10, trainable=100, train_flops=1, infer_flops=1, peak_bytes=5000, adapter_bytes=700)
+    assert budget(clock).over_limits(price) == []
+    assert budget(clock, trainable=100, peak_bytes=5000, adapter_bytes=700).over_limits(price) == []
+    assert budget(clock, trainable=99, peak_bytes=4999, adapter_bytes=699).over_limits(price) == [
+        "100 trained parameters are over the limit of 99",
+        "5,000 bytes at the peak of training are over the limit of 4,999",
+        "700 bytes of the saved adapter are over the limit of 699",
+    ]
+
+
+def test_the_report_is_given_the_time_that_one_took(clock: Clock) -> None:
+    of = budget(clock, time_s=100.0)
+    assert of.report_s == REPORT_S
+    of.reported(2.0)
+    assert of.report_s == 2.0 * REPORT_GROWS + CLOSE_S
+    clock.now += 100 - of.report_s
+    assert of.over()
+
+
+def test_a_step_may_take_no_longer_than_its_limit_or_the_time_there_is(clock: Clock) -> None:
+    assert budget(clock).patience_s() is None
+    assert budget(clock, step_limit_s=60.0).patience_s() == 60.0
+    of = budget(clock, step_limit_s=60.0, time_s=100.0)
+    assert of.patience_s() == 60.0
+    clock.now += 70
+    assert of.patience_s() == 30 - REPORT_S
+    clock.now += 29
+    assert of.patience_s() == 1.0
+
+
+def test_lanes_that_cannot_end_in_time_are_noticed(clock: Clock) -> None:
+    of = budget(clock, time_s=100.0)
+    assert not of.cannot_finish(10**6, 8), "nothing was measured yet"
+    of.measured(1.0, 1)
+    assert not of.cannot_finish(85, 1)
+    assert of.cannot_finish(86, 1)
+    of.evaluation_steps = 4.0
+    assert of.cannot_finish(83, 1), "an evaluation that was not measured yet is guessed from a step"
+    of.evaluated(1.0, 1)
+    assert not of.cannot_finish(83, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(5, 5), ("5", 5), ("500kB", 500_000), ("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), (" 2mib", 2**21), ("7B", 7)],
+)
+def test_sizes(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5", "4 elephants", "1e9", "5TBB", "9" * 400])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size like"):
+        parse_bytes(text)
+
+
+# -- which retests first
+
+
+def test_three_seeds_of_the_first_designs_come_before_more_of_any() -> None:
+    order = retest_order([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=math.inf)
+    assert order[:9] == [(n, s) for n in (7, 4, 9) for s in (0, 1, 2)]
+    assert order[9:] == [(7, 3), (4, 3), (9, 3), (7, 4), (4, 4), (9, 4)]
+
+
+def test_the_time_left_goes_to_more_seeds_of_those_that_have_three() -> None:
+    order = retest_order([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=8)
+    assert order[:8] == [(7, 0), (7, 1), (7, 2), (4, 0), (4, 1), (4, 2), (7, 3), (4, 3)]
+    assert {number for number, _ in order} == {7, 4}, "one or two seeds of a third would make no interval"
+
+
+def test_what_is_retested_is_not_retested_again() -> None:
+    known = {(7, 0), (7, 1), (7, 2), (4, 0)}
+    order = retest_order([7, 4, 9], [0, 1, 2, 3], known, fit=5)
+    assert order[:5] == [(4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
+    assert not known & set(order)
+    assert retest_order([], [0, 1], set(), fit=3) == []

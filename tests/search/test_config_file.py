@@ -211,7 +211,7 @@ def test_a_search_always_has_an_end():
         assert read_config({**TASK, "budget": budget}).budget.trials == 30
     assert read_config({**TASK, "budget": {"time": "1h"}}).budget.trials is None
     endless = SearchConfig(task=TaskConfig(name="trec6"), budget=BudgetConfig())
-    assert value_errors(endless) == ["budget: give trials or time, or the search never ends"]
+    assert value_errors(endless) == ["budget: give trials, time, device_time or examples, or the search never ends"]
 
 
 def test_a_task_is_needed():

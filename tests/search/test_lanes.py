@@ -39,7 +39,7 @@ from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import EncodedSplit
 from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
-from peftscape.search.masks import snip
+from peftscape.search.prepare import prepare
 from peftscape.spaces.design import Design
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -90,7 +90,7 @@ def test_lanes_come_and_go_and_train_as_if_alone(family: str) -> None:
     shared = cohort(family)
     lanes = [lane(d, SEED, family) for d in of_every_method(family)]
     for own in lanes:
-        snip(own, shared)
+        prepare(own, shared)
     away = lanes[1]
     for time in range(2 * STEPS + len(lanes)):
         if time < len(lanes):
@@ -288,7 +288,7 @@ def test_a_mask_keeps_its_share_and_zeroes_the_rest_for_good(score: str) -> None
     of = design({**LORA, "rank": 4, "mask": {"sparsity": 0.75, "score": score}}, weight_decay=0.5, lr=1e-2)
     bare = lane(design({**LORA, "rank": 4}), 1, "bert")
     own, shared = lane(of, 1, "bert"), cohort("bert")
-    snip(own, shared)
+    prepare(own, shared)
     start = {key: value.detach().clone() for key, value in own.params.items()}
     shared.admit(own)
     run_steps(shared, 6)
@@ -311,7 +311,7 @@ def test_snip_keeps_what_the_loss_depends_on_most() -> None:
 
     of = design({**LORA, "rank": 2, "sites": ["q"], "layers": [1], "mask": {"sparsity": 0.5, "score": "snip"}})
     own, shared = lane(of, 5, "bert"), cohort("bert")
-    snip(own, shared)
+    prepare(own, shared)
     probe = lane(design({**LORA, "rank": 2, "sites": ["q"], "layers": [1]}), 5, "bert")
     with torch.no_grad():
         for key in own.masks:

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
+from peftscape.search import account as account_module
+from peftscape.search import budget as budget_module
 from peftscape.search import loop as loop_module
 from peftscape.search import retest as retest_module
 from peftscape.search import study as study_module
@@ -112,7 +114,8 @@ def dominated(rows: list[tuple[float, float]], i: int) -> bool:
 
 
 def tree(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
+    """What a folder shows; locks and checksums are hidden files."""
+    return {p.name for p in folder.iterdir() if not p.name.startswith(".")}
 
 
 # -- a finished search
@@ -181,7 +184,7 @@ def test_adapters_of_the_front_give_the_scores_on_record(base: Path, finished: P
 
 
 def test_a_report_lies_beside_the_study(finished: Path) -> None:
-    assert tree(finished) == {"study.db", "report.html", "adapters"}
+    assert tree(finished) == {"study.db", "study.db.previous", "report.html", "adapters"}
     text = (finished / "report.html").read_text()
     assert "accuracy" in text
     assert "plotly" in text.lower()
@@ -236,7 +239,7 @@ def test_an_interrupted_search_becomes_the_unbroken_one(
                 run_search(of, out, quiet=True)
     halfway = {r.number: r for r in read(base, out, **more).records}
     assert 0 < len(halfway) < TRIALS
-    assert not list(out.glob("*.html"))
+    assert not read(base, out, **more).attr("finished")
 
     study = run_search(of, out, quiet=True)
     found = [r for r in study.records if r.state != "running"]
@@ -290,13 +293,13 @@ def test_another_configuration_is_refused_with_what_differs(base: Path, finished
     assert error.value.errors == (
         f"search.batch_size: was {BATCH}, is 4",
         "space: was 'unified', is 'lora'",
-        "this folder holds another search; use another --out",
+        "this folder holds another search; use another --out, or --fork for a new study that knows this one's results",
     )
     assert (finished / "study.db").stat().st_mtime_ns >= before
 
 
 def test_a_search_without_an_end_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="trials, time or both have to be limited"):
+    with pytest.raises(InputError, match="trials, time, device_time or examples have to be limited"):
         run_search(config(base, budget=BudgetConfig(trials=None)), tmp_path, quiet=True)
 
 
@@ -336,7 +339,7 @@ def test_designs_over_the_limit_are_never_trained(base: Path, tmp_path: Path, mo
 def test_a_space_with_no_design_under_the_limit_ends(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "REFUSED_IN_A_ROW", 12)
+    monkeypatch.setattr("peftscape.search.asking.REFUSED_IN_A_ROW", 12)
     of = config(base, budget=BudgetConfig(trials=5, trainable=3))
     study = run_search(of, tmp_path, quiet=True)
     assert [r.state for r in study.records] == ["pruned"] * 12
@@ -360,7 +363,7 @@ class Clock:
         monkeypatch.setattr(Cohort, "step", slow_step)
         monkeypatch.setattr(Cohort, "predict", slow_predict)
         fake = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
-        for module in (study_module, loop_module, retest_module, __import__("peftscape.search.budget").search.budget):
+        for module in (study_module, loop_module, retest_module, budget_module, account_module):
             monkeypatch.setattr(module, "time", fake)
 
 

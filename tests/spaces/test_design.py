@@ -65,7 +65,8 @@ def test_the_issues_example_is_a_design_and_comes_back() -> None:
     assert canonical["placements"][1]["layers"] == [3, 4, 5]
     assert canonical["placements"][0]["alpha"] == 16.0
     assert canonical["placements"][0] == {
-        "method": "lora", "sites": ["q", "v"], "layers": "all", "rank": 8, "alpha": 16.0
+        "method": "lora", "sites": ["q", "v"], "layers": "all", "rank": 8, "alpha": 16.0, "scaling": "standard",
+        "rate": 1.0, "freeze_a": False,
     }  # fmt: skip
     assert design.label == "lora r8 q,v + sequential_adapter m64 ffn 3-5 50% random-masked + prefix_tuning l8 0-2"
 

@@ -1,5 +1,6 @@
 """Records: their JSON form is strict, complete and refuses what it does not know."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -106,3 +107,10 @@ def test_importing_records_loads_nothing_heavy() -> None:
     code = f"import sys, peftscape.spaces.record; print(*(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_records_of_the_first_schema_are_read() -> None:
+    data = make().to_json() | {"schema": 1}
+    for score in (*data["scores"], *data["retests"]):
+        del score["outcomes"]
+    assert dataclasses.replace(Record.from_json(data), schema=SCHEMA) == make()

@@ -11,7 +11,7 @@ import pytest
 
 from peftscape.spaces.design import Design
 from peftscape.spaces.methods import methods
-from peftscape.spaces.presets import preset_names, textbook
+from peftscape.spaces.presets import designs, preset_names, textbook
 from peftscape.spaces.sites import SiteMap, site_map
 from peftscape.spaces.space import Space
 from peftscape.spaces.space_file import read_space
@@ -120,7 +120,7 @@ def test_textbook_designs_are_possible_on_a_bert(name: str) -> None:
     assert textbook()[name].check(SITES["bert"]) == []
 
 
-@pytest.mark.parametrize("name", textbook())
+@pytest.mark.parametrize("name", designs("textbook"))
 def test_the_unified_space_has_every_textbook_design(name: str) -> None:
     space, design = read_space("unified", SITES["bert"]), textbook()[name]
     again, _ = suggested(space, space.params(design))
@@ -154,18 +154,13 @@ def test_autopeft_is_zhou_et_al_2023() -> None:
     reductions = [768 >> k for k in range(11)]
     assert reductions[0] == 768
     assert reductions[-1] == 0
-    for option, knob, sizes in (
-        (serial, "size", reductions), (parallel, "size", reductions), (prefix, "length", reductions[1:])
-    ):  # fmt: skip
-        found = set()
+    for option, knob in ((serial, "size"), (parallel, "size"), (prefix, "length")):
         domain = option.knobs[knob]
-        for k in range(11 - len(sizes), 11):
-            trial = optuna.trial.FixedTrial({"x.reduction": k})
-            found.add(domain.suggest(trial, "x"))
-        assert sorted(found) == sorted(sizes)
-        assert domain.count() == len(sizes)
-    # One bit a layer, shared by all three. The longest prefix, 768, fits no 512 positions and is left out.
-    assert space.count() == (11 * 11 * 10 * 2**12, 1)
+        found = {domain.suggest(optuna.trial.FixedTrial({"x.reduction": k}), "x") for k in range(11)}
+        assert sorted(found) == sorted(reductions)
+        assert domain.count() == 11
+    # One bit a layer, shared by all three.
+    assert space.count() == (11**3 * 2**12, 1)
 
 
 def test_size_zero_and_no_layer_mean_absent() -> None:
@@ -386,7 +381,7 @@ def test_presets_name_what_they_are_and_use_methods_that_exist() -> None:
         assert space.name == name
         assert {o.method for slot in space.slots for o in slot.options} <= set(methods())
     used = {o.method for slot in read_space("unified", SITES["bert"]).slots for o in slot.options}
-    assert used >= {p.method.name for design in textbook().values() for p in design.placements}
+    assert used >= {p.method.name for design in designs("textbook").values() for p in design.placements}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""Trials an hour: what users do today against lanes, on the same designs, both in one run.
+
+    python benchmarks/vs_trainer.py [--trials 8] [--examples 640] [--batch 32]
+
+The opponent is an Optuna study whose objective trains HF peft with transformers' `Trainer`, one trial at a time, with
+dynamic padding, batches grouped by length, no logging and no checkpoints; the pretrained model is read once and copied
+for each trial. It runs once with the model's own dropout and once without. peftscape trains the very same designs for
+as many examples with the same batch size, its trials as lanes of cohorts of 8. Both evaluate each trial on the same
+validation texts at its end. Two sets of designs: LoRA on all layers, and what the preset `unified` suggests and HF peft
+can express. Writes `results/vs_trainer.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import peft
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+
+from peftscape.search.adapter_folder import Card
+from peftscape.search.backbone import has_bfloat16
+from peftscape.search.config import ModelConfig, SearchConfig, SearchSettings
+from peftscape.search.environment import processor, versions
+from peftscape.search.lane import new_lane
+from peftscape.search.peft_format import InexpressibleError, peft_form
+from peftscape.search.prepare import prepare
+from peftscape.search.session import Session, open_session
+from peftscape.search.task import TaskConfig
+from peftscape.spaces.design import Design
+from peftscape.spaces.space_file import read_space
+
+LANES = 8
+FULL_DEPTH = {
+    "name": "lora-full-depth",
+    "slots": [{"options": [{"method": "lora", "sites": ["q", "v"], "rank": {"choice": [4, 8, 16, 32]}}]}],
+    "training": {"lr": {"log": [3e-4, 1e-2]}},
+}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=640)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = SearchConfig(
+        task=TaskConfig(name="trec6"),
+        model=ModelConfig(source="minilm", dtype="float32"),
+        search=SearchSettings(batch_size=args.batch, examples=args.examples),
+    )
+    session = open_session(config)
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.path(), num_labels=session.task.num_outputs)
+    rows = []
+    for name, space in (("LoRA on all layers", FULL_DEPTH), ("of `unified`, what peft can express", "unified")):
+        designs = drawn(session, space, args.trials)
+        sides = {
+            "peftscape": ours(session, designs),
+            "Trainer": theirs(session, base, designs, dropout=True),
+            "Trainer, no dropout": theirs(session, base, designs, dropout=False),
+        }
+        row: dict[str, Any] = {"designs": name, "labels": [d.label for d in designs], **sides}
+        for side in ("Trainer", "Trainer, no dropout"):
+            row[f"ratio to {side}"] = sides["peftscape"]["trials_an_hour"] / sides[side]["trials_an_hour"]
+        rows.append(row)
+        print(json.dumps({k: v for k, v in row.items() if k != "labels"}, indent=2), flush=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "examples": args.examples,
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "bfloat16 in hardware": has_bfloat16()},
+        "versions": versions() | {"peft": peft.__version__},
+        "rows": rows,
+    }
+    out = Path(__file__).parent / "results" / "vs_trainer.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def drawn(session: Session, space: Any, count: int) -> list[Design]:
+    """Designs that both sides can train, as Optuna's random sampler suggests them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found: list[Design] = []
+    while len(found) < count:
+        design = read_space(space, session.backbone.sites).suggest(study.ask())
+        if not design.check(session.backbone.sites) and expressible(session, design) is not None:
+            found.append(design)
+    return found
+
+
+def expressible(session: Session, design: Design) -> dict[str, Any] | None:
+    """HF peft's configuration of a design, if it has one."""
+    card = Card(design=design, head="class", outputs=session.task.num_outputs, max_length=128)
+    try:
+        return dict(peft_form(card, session.backbone, session.head).config)
+    except InexpressibleError:
+        return None
+
+
+def ours(session: Session, designs: list[Design]) -> dict[str, Any]:
+    """Lanes, in cohorts of 8, evaluated at their end."""
+    started = time.perf_counter()
+    scores = []
+    for first in range(0, len(designs), LANES):
+        cohort = session.cohort()
+        lanes = [
+            new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
+            for seed, design in enumerate(designs[first : first + LANES], start=first)
+        ]
+        for lane in lanes:
+            prepare(lane, cohort)
+        cohort.admit(*lanes)
+        while not all(lane.done for lane in lanes):
+            cohort.step()
+        for logits in cohort.predict(session.data.validation, *lanes):
+            scores.append(session.task.metric.score(logits, session.data.validation.targets))
+        cohort.close()
+    return summary(len(designs), time.perf_counter() - started, scores)
+
+
+def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool) -> dict[str, Any]:
+    """An Optuna study over the same designs, each trained by `Trainer`."""
+    started = time.perf_counter()
+    study = optuna.create_study(direction="maximize")
+    for number in range(len(designs)):
+        study.enqueue_trial({"design": number})
+
+    def objective(trial: optuna.Trial) -> float:
+        design = designs[trial.suggest_int("design", 0, len(designs) - 1)]
+        return trained(session, base, design, trial.number, dropout=dropout)
+
+    study.optimize(objective, n_trials=len(designs))
+    return summary(len(designs), time.perf_counter() - started, [float(t.value or 0) for t in study.trials])
+
+
+def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: bool) -> float:
+    """The validation score of one trial by peft and `Trainer`."""
+    config = expressible(session, design)
+    assert config is not None
+    transformers.set_seed(seed)
+    config["inference_mode"] = False
+    model = peft.get_peft_model(copy.deepcopy(base), peft.PeftConfig.from_peft_type(**config))
+    if not dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    training = design.training
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder, per_device_train_batch_size=session.config.search.batch_size,
+                per_device_eval_batch_size=64, max_steps=session.steps, learning_rate=training.lr,
+                weight_decay=training.weight_decay, warmup_steps=round(training.warmup * session.steps),
+                max_grad_norm=training.clip, train_sampling_strategy="group_by_length", use_cpu=True, seed=seed,
+                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            ),
+            train_dataset=rows_of(session.data.train),
+            eval_dataset=rows_of(session.data.validation),
+            data_collator=DataCollatorWithPadding(session.backbone.tokenizer),
+            compute_metrics=lambda p: {
+                "score": session.task.metric.score(
+                    p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions, p.label_ids
+                )
+            },
+        )  # fmt: skip
+        trainer.train()
+        return float(trainer.evaluate()["eval_score"])
+
+
+def rows_of(split: Any) -> list[dict[str, Any]]:
+    """The split as `Trainer` takes it."""
+    return [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": int(target)}
+        for ids, target in zip(split.ids, split.targets, strict=True)
+    ]
+
+
+def summary(trials: int, seconds: float, scores: list[float]) -> dict[str, Any]:
+    """Trials an hour, and how good they were."""
+    return {
+        "trials_an_hour": trials * 3600 / seconds,
+        "seconds": seconds,
+        "mean_score": statistics.mean(scores),
+        "standard_error": float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""A cohort that survives what machines do: too little memory, steps that hang, signals.
+
+Out of memory, the lanes run in halves from then on; a lane that does not fit alone fails, and says so. Work that
+takes longer than its limit is stopped and its lanes run one by one, so that only the one that hangs fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from peftscape.search.cohort import Cohort
+from peftscape.search.prepare import prepare
+from peftscape.search.stopping import HangError, Stop
+from peftscape.spaces.record import Failure
+
+if TYPE_CHECKING:
+    from peftscape.search.account import Account
+    from peftscape.search.checkpoint import Checkpoints
+    from peftscape.search.lane import Lane
+    from peftscape.search.task import EncodedSplit
+
+# Lanes are saved this often, and never for more than a fiftieth of the time.
+SAVE_EVERY_S = 30.0
+SAVE_SHARE = 50
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
+
+
+@dataclass
+class Memory:
+    """How many lanes fit at once; None while all do."""
+
+    width: int | None = None
+
+
+class Guarded(Cohort):
+    """A cohort with limits.
+
+    Args:
+        stop: asked before each step.
+        patience_s: seconds that a step or an evaluation may take now; None for any.
+        over: whether it was the whole search's time that ended; then a HangError goes on to it.
+        checkpoints: where lanes are saved; None for nowhere.
+        account: told of training that a kill would lose.
+        memory: what is known of how many lanes fit.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        stop: Stop | None = None,
+        patience_s: Callable[[], float | None] = lambda: None,
+        over: Callable[[], bool] = lambda: False,
+        checkpoints: Checkpoints | None = None,
+        account: Account | None = None,
+        memory: Memory | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(*args, **more)
+        self.stop, self.patience_s, self.over = stop or Stop(), patience_s, over
+        self.checkpoints, self.account = checkpoints, account
+        self.memory = memory or Memory()
+        self._begun: dict[int, Lane] = {}
+        self._saved: dict[int, float] = {}  # seconds of a lane's training that are on disk
+        self._last, self._took = time.monotonic(), 0.0
+
+    def start(self, lane: Lane) -> None:
+        """Bring a new lane to where its training begins: where it was saved, or what it needs from the data."""
+        if self.checkpoints is not None and self.checkpoints.restore(lane):
+            self._begun[id(lane)] = lane
+            self._saved[id(lane)] = lane.wall_s
+            return
+        everyone = list(self.lanes)
+        failure = self._tried([lane], lambda part: prepare(lane, self))
+        if [id(other) for other in everyone] != [id(other) for other in self.lanes]:
+            self._arrange(everyone)
+        if failure is not None:
+            lane.failure = Failure(kind=failure.kind, message=failure.message, step=0)
+
+    def step(self) -> list[float]:
+        """As a cohort's, in as many parts as memory needs; raises Stopped between two steps where that was asked."""
+        if self.stop.asked:
+            self.save()
+            self.stop.check()
+        everyone = list(self.lanes)
+        self._begin(everyone)
+        before = {id(lane): lane.step for lane in everyone}
+        losses: dict[int, float] = {}
+
+        def train(part: Sequence[Lane]) -> None:
+            losses.update(zip(map(id, self.lanes), super(Guarded, self).step(), strict=True))
+
+        try:
+            self._each(everyone, train, lambda lane: lane.failure is None and lane.step == before[id(lane)])
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        for lane in everyone:
+            if lane.done:
+                self._begun.pop(id(lane), None)
+        if self.account is not None:
+            self.account.unsaved_s = sum(lane.wall_s - self._saved[i] for i, lane in self._begun.items())
+        if time.monotonic() - self._last > max(SAVE_EVERY_S, SAVE_SHARE * self._took):
+            self.save()
+        return [losses.get(id(lane), float("nan")) for lane in self.lanes]
+
+    def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
+        """As a cohort's; a lane that could not be evaluated has failed, and its logits are NaN."""
+        chosen = list(lanes or self.lanes)
+        found: dict[int, np.ndarray[Any, Any]] = {}
+
+        def evaluate(part: Sequence[Lane]) -> None:
+            found.update(zip(map(id, part), super(Guarded, self).predict(split, *part), strict=True))
+
+        self._each(chosen, evaluate, lambda lane: lane.failure is None and id(lane) not in found)
+        nothing = np.full((len(split), self.head.outputs), np.nan, dtype=np.float32)
+        return np.stack([found.get(id(lane), nothing) for lane in chosen])
+
+    def save(self, *lanes: Lane) -> None:
+        """Save these lanes, or all, that have begun and are not done; one interrupted in its update is left out."""
+        if self.checkpoints is None:
+            return
+        started = time.monotonic()
+        wanted = {id(lane) for lane in lanes} or self._begun.keys()
+        for key, lane in self._begun.items():
+            if key in wanted and not lane.done and lane.step == len(lane.losses) > 0:
+                self.checkpoints.save(lane)
+                self._saved[key] = lane.wall_s
+        self._last = time.monotonic()
+        self._took = self._last - started
+
+    def retire(self, *lanes: Lane) -> None:
+        """As a cohort's; what was saved of a lane that is done is of no more use."""
+        super().retire(*lanes)
+        self.forget(*(lane for lane in lanes if lane.done))
+
+    def forget(self, *lanes: Lane) -> None:
+        """These lanes are done with: their records are written, or nobody wants them."""
+        for lane in lanes:
+            self._begun.pop(id(lane), None)
+            if self.checkpoints is not None:
+                self.checkpoints.drop(lane)
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, lanes: list[Lane]) -> None:
+        restored = False
+        for lane in lanes:
+            if id(lane) not in self._begun:
+                self._begun[id(lane)] = lane
+                if self.checkpoints is not None and lane.step == 0 and not lane.losses:
+                    restored |= self.checkpoints.restore(lane)
+                self._saved[id(lane)] = lane.wall_s
+        if restored:
+            self._arrange(lanes)
+
+    def _each(self, lanes: list[Lane], work: Callable[[Sequence[Lane]], None], open_: Callable[[Lane], bool]) -> None:
+        """Do the work on all lanes in as few parts as fit; `open_` says whether it is still to be done on a lane."""
+        everyone, size = list(self.lanes), self.memory.width or len(lanes)
+        parts = [lanes[i : i + size] for i in range(0, len(lanes), size)]
+        try:
+            while parts:
+                part = [lane for lane in parts.pop(0) if open_(lane)]
+                if not part:
+                    continue
+                if self.memory.width is not None and len(part) > self.memory.width:  # learnt since the parts were made
+                    parts = [part[: self.memory.width], part[self.memory.width :], *parts]
+                    continue
+                if [id(lane) for lane in part] != [id(lane) for lane in self.lanes]:
+                    self._arrange(part)
+                if failure := self._tried(part, work):
+                    parts = [*self._smaller(part, failure), *parts]
+        finally:
+            if [id(lane) for lane in everyone] != [id(lane) for lane in self.lanes]:
+                self._arrange(everyone)
+
+    def _tried(self, part: list[Lane], work: Callable[[Sequence[Lane]], None]) -> Failure | None:
+        """Why the work could not be done on so many lanes, or None. Any other error goes on."""
+        try:
+            with self.stop.limit(self.patience_s()):
+                work(part)
+        except (HangError, MemoryError, RuntimeError) as error:
+            if isinstance(error, HangError) and self.over():
+                raise
+            if isinstance(error, HangError):
+                return Failure(kind="hanging", message=str(error))
+            if not is_out_of_memory(error):
+                raise
+            return Failure(kind="out of memory", message=first_line(error))
+        return None
+
+    def _smaller(self, part: list[Lane], failure: Failure) -> list[list[Lane]]:
+        """The parts to try next; a lane that was alone has failed."""
+        for lane in part:  # what the failed pass left
+            lane.optimizer.zero_grad()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = -(-len(part) // 2) if failure.kind == "out of memory" else 1
+        if len(part) > 1 and failure.kind == "out of memory":
+            self.memory.width = min(self.memory.width or half, half)
+        broken = [lane for lane in part if len(part) == 1 or lane.step != len(lane.losses)]
+        for lane in broken:
+            lane.failure = Failure(kind=failure.kind, message=failure.message, step=lane.step)
+            self.memory.width = None  # it was this lane that did not fit
+        whole = [lane for lane in part if lane.failure is None]
+        return [whole[i : i + half] for i in range(0, len(whole), half)]
+
+    def close(self) -> None:
+        super().close()
+        self._begun.clear()
+        if self.account is not None:
+            self.account.unsaved_s = 0.0
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or what it is if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or the device: torch says it in several ways."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)

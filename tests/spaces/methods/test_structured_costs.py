@@ -1,0 +1,110 @@
+"""What these methods say of their FLOPs and of what they keep, against what torch counts for each further sequence.
+
+A method that makes weights does so once a step, which no sequence is charged with: two batches are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, LlamaConfig
+
+from peftscape.search.backbone import Backbone
+from peftscape.search.cohort import Cohort
+from peftscape.search.encoding import EncodedSplit
+from peftscape.search.head import Head
+from peftscape.search.lane import new_lane
+from peftscape.spaces.design import Design
+from peftscape.spaces.kept import kept
+from peftscape.spaces.price import costs
+from peftscape.spaces.profiles import PROFILES
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 160,
+    "max_position_embeddings": 256, "pad_token_id": 1,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {"bert": BertConfig(**SHAPE), "llama": LlamaConfig(**SHAPE, num_key_value_heads=2)}
+LINEARS = ["q", "v", "o", "up", "down"]
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "lora-fa": {"method": "lora", "rank": 8, "sites": LINEARS, "freeze_a": True},
+    "dora": {"method": "dora", "rank": 8, "sites": LINEARS},
+    "pissa": {"method": "pissa", "rank": 8, "sites": LINEARS},
+    "pissa with a frozen a": {"method": "pissa", "rank": 8, "sites": LINEARS, "freeze_a": True},
+    "adalora": {"method": "adalora", "rank": 8, "sites": LINEARS},
+    "delta_lora": {"method": "delta_lora", "rank": 8, "sites": LINEARS},
+    "qalora": {"method": "qalora", "rank": 8, "group": 8, "sites": LINEARS},
+    "vera": {"method": "vera", "rank": 16, "sites": LINEARS},
+    "loha": {"method": "loha", "rank": 4, "sites": LINEARS},
+    "lokr": {"method": "lokr", "rank": 4, "sites": LINEARS},
+    "krona": {"method": "krona", "size": 8, "sites": LINEARS},
+    "compacter": {"method": "compacter", "size": 16},
+    "compacter++": {"method": "compacter", "size": 16, "n": 2, "rank": 2, "sites": ["ffn"]},
+    "oft": {"method": "oft", "block": 8, "sites": LINEARS},
+    "boft": {"method": "boft", "block": 4, "factors": 3, "sites": LINEARS},
+    "boft of one": {"method": "boft", "block": 4, "factors": 1, "sites": ["v", "up"]},
+    "said": {"method": "intrinsic_said", "size": 64},
+    "loreft": {"method": "loreft", "rank": 8},
+    "ssf": {"method": "ssf", "sites": [*LINEARS]},
+    "ssf on norms": {"method": "ssf", "sites": ["norm"]},
+    "ln_tuning": {"method": "ln_tuning"},
+    "hadamard": {"method": "hadamard_adapter"},
+}
+cases = pytest.mark.parametrize(("name", "family"), [(name, family) for name in PLACEMENTS for family in CONFIGS])
+
+
+def run(of: Design, family: str, batch: int, tokens: int) -> tuple[Cohort, Callable[[], torch.Tensor]]:
+    backbone = Backbone.from_config(copy.deepcopy(CONFIGS[family]))
+    ids = [np.random.default_rng(0).integers(4, 60, size=tokens) for _ in range(batch)]
+    split = EncodedSplit(ids, None, np.zeros(batch, dtype=np.int64), 0, np.array([tokens] * batch))
+    head = Head(backbone, kind="class", outputs=2)
+    shared = Cohort(backbone, head, split, batch_size=batch)
+    shared.admit(new_lane(of, seed=0, steps=4, backbone=backbone, head=head))
+    return shared, lambda: shared.losses([np.arange(batch)]).sum()
+
+
+def saved(of: Design, family: str, batch: int, tokens: int) -> int:
+    """Bytes that autograd keeps: storages once, weights left out."""
+    shared, forward = run(of, family, batch, tokens)
+    model, [lane] = shared.backbone.model, shared.lanes
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *lane.params.values())}
+    held: dict[int, Any] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if (storage := t.untyped_storage()).data_ptr() not in known:
+            held[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return int(sum(storage.nbytes() for storage in held.values()))
+
+
+@cases
+def test_kept_numbers_grow_with_batch_and_length_as_they_do(name: str, family: str) -> None:
+    of = Design.from_json({"placements": [PLACEMENTS[name]]})
+    real, told = [], []
+    for batch, tokens in ((1, 40), (3, 40), (1, 104)):
+        real.append(saved(of, family, batch, tokens))
+        sites = Backbone.from_config(copy.deepcopy(CONFIGS[family])).sites
+        told.append(kept(of, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype="float32").total)
+    for there, here in zip(real[1:], told[1:], strict=True):
+        assert here - told[0] == pytest.approx(there - real[0], rel=0.05)
+
+
+@cases
+def test_flops_of_a_further_sequence_are_what_torch_counts(name: str, family: str) -> None:
+    of, tokens, counted = Design.from_json({"placements": [PLACEMENTS[name]]}), 48, []
+    for batch in (2, 4):
+        shared, forward = run(of, family, batch, tokens)
+        with FlopCounterMode(display=False) as both:
+            forward().backward()  # type: ignore[no-untyped-call]
+        counted.append(both.get_total_flops())
+    told = costs(of, shared.backbone.sites, outputs=2, tokens=tokens, batch=4)
+    # In the lowest layer the price does not see that a changed input needs the frozen linear's gradient: 2 % of this.
+    assert (counted[1] - counted[0]) / 2 == pytest.approx(told.train_flops, rel=0.025)
