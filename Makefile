@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(ARGS)
 
 # The report in a headless Chromium, which the system provides (Debian: apt install chromium). Playwright drives it
 # and downloads none. Pictures to look at go to $(SHOTS).

@@ -66,9 +66,6 @@ def draw_masks(lane: Lane, cohort: Cohort) -> None:
             lane.params[key].copy_(fresh.params[key] * lane.masks[key])
 
 
-snip = draw_masks
-
-
 def _snip(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
     """The largest |gradient * value|: how much the loss changes when a connection goes (arXiv:1810.02340, eq. 4)."""
     values = [lane.params[key] for key in kept]

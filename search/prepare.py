@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftscape.search.masks import snip
+from peftscape.search.masks import draw_masks
 from peftscape.spaces.methods.base import Method
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def prepare(lane: Lane, cohort: Cohort) -> None:
     """Bring a new lane to its start. It runs alone, so that nothing depends on the cohort's other lanes."""
-    snip(lane, cohort)
+    draw_masks(lane, cohort)
     for placement, own, sites in zip(lane.design.placements, lane.own, lane.sites, strict=True):
         if type(placement.method).prepare is Method.prepare:
             continue

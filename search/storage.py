@@ -261,7 +261,12 @@ class Storage:
 
     def study(self) -> sources.Study:
         """Everything there is, as analysis reads it."""
-        return sources.from_optuna(self._study, self._retests, source=str(self.out))
+        import optuna
+
+        name = f"{self._study.study_name}{sources.ABLATION}"
+        known = name in optuna.get_all_study_names(self._database)
+        ablations = optuna.load_study(study_name=name, storage=self._database) if known else None
+        return sources.from_optuna(self._study, self._retests, ablations, source=str(self.out))
 
     def adapter_folder(self, number: int) -> Path:
         """Where the adapter of a trial lies."""

@@ -40,7 +40,8 @@ def unpack(text: str) -> NDArray[np.float64]:
     kind, _, rest = text.partition(":")
     count, _, body = rest.partition(":")
     try:
-        n, raw = int(count), zlib.decompress(base64.b64decode(body, validate=True))
+        n, packed = int(count), base64.b64decode(body, validate=True)
+        raw = zlib.decompressobj().decompress(packed, max(1, 4 * n) + 1)  # a bomb is not unpacked
     except (ValueError, binascii.Error, zlib.error) as error:
         raise ValueError(f'expected outcomes as "bits:N:..." or "f32:N:...", found "{text[:40]}": {error}') from None
     bits = kind == "bits"

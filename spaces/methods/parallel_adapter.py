@@ -35,9 +35,7 @@ class ParallelAdapter(Method):
         return bottleneck_tensors(site.d_out, self.size)
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return ops.adapter(
-            y, p.down, p.down_bias, p.up, p.up_bias, self.activation, x=x, scale=p.scale, size=p.size
-        )
+        return ops.adapter(y, p.down, p.down_bias, p.up, p.up_bias, self.activation, x=x, scale=p.scale, size=p.size)
 
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size

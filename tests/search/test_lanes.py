@@ -337,12 +337,12 @@ def test_snip_masks_do_not_depend_on_neighbours_and_leave_them_as_they_were() ->
     of = design({**LORA, "mask": {"sparsity": 0.5, "score": "snip"}})
     alone, beside = lane(of, 1, "bert"), lane(of, 1, "bert")
     empty, busy = cohort("bert"), cohort("bert")
-    snip(alone, empty)
+    prepare(alone, empty)
     neighbours = [lane(design(ADAPTER), 2, "bert"), lane(design({"method": "bitfit"}), 3, "bert")]
     busy.admit(*neighbours)
     run_steps(busy, 2)
     before = [{key: value.detach().clone() for key, value in n.params.items()} for n in neighbours]
-    snip(beside, busy)
+    prepare(beside, busy)
     busy.close()
     for key, mask in alone.masks.items():
         assert torch.equal(mask, beside.masks[key])

@@ -19,7 +19,7 @@ from peftscape.search.encoding import EncodedSplit
 from peftscape.search.export import Card, save
 from peftscape.search.head import Head
 from peftscape.search.lane import new_lane
-from peftscape.search.masks import snip
+from peftscape.search.masks import draw_masks
 from peftscape.spaces.design import Design
 from peftscape.spaces.presets import textbook
 from peftscape.spaces.price import costs
@@ -86,7 +86,7 @@ def cohort(of: Design, family: str) -> Cohort:
     data = EncodedSplit(ids, None, np.arange(BATCH) % OUTPUTS, 0, np.full(BATCH, TOKENS))
     made = Cohort(backbone, Head(backbone, kind="class", outputs=OUTPUTS), data, batch_size=BATCH)
     lane = new_lane(of, seed=0, steps=1, backbone=backbone, head=made.head)
-    snip(lane, made)
+    draw_masks(lane, made)
     made.admit(lane)
     return made
 

@@ -44,7 +44,7 @@ def test_adalora_on_roberta_base_is_the_published_count() -> None:
         ({"method": "qalora", "group": 32}, lambda r, i, o: r * (i // 32 + o)),
         ({"method": "adalora"}, lambda r, i, o: r * (i + o + 1)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("sites", [ROBERTA_BASE, LLAMA], ids=["roberta", "llama"])
 def test_counts_are_those_of_the_reference(sites: SiteMap, placement: dict[str, Any], of_a_linear: Any) -> None:

@@ -24,11 +24,11 @@ if not torch.cuda.is_available():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    interpreted: dict[Any, Any] = {}
+    interpreted: dict[int, Any] = {}
     for module in (triton.language.standard, triton.language):
         for name, member in list(vars(module).items()):
             if isinstance(member, JITFunction):
-                setattr(module, name, interpreted.setdefault(member, InterpretedFunction(member.fn)))
+                setattr(module, name, interpreted.setdefault(id(member), InterpretedFunction(member.fn)))
 
     prepared: set[str] = set()
 

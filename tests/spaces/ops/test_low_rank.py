@@ -129,7 +129,7 @@ def test_in_place_writes_over_y() -> None:
     assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("wanted", [{"x"}, {"a"}, {"b"}, {"x", "b"}], ids=str)
+@pytest.mark.parametrize("wanted", [{"x"}, {"a"}, {"b"}, {"x", "b"}], ids=lambda names: " ".join(sorted(names)))
 def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(wanted: set[str]) -> None:
     """LoRA-FA keeps A; the lowest adapted layer needs no dx."""
     case = Case(torch.float32, (2, 5), 7, 16, (24,))
