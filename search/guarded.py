@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 # Lanes are saved this often, and never for more than a fiftieth of the time.
 SAVE_EVERY_S = 30.0
 SAVE_SHARE = 50
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory",
+    "could not create a primitive", "could not create a memory",  # what oneDNN says of it
+)  # fmt: skip
 
 
 @dataclass
