@@ -152,15 +152,10 @@ class Guarded(Cohort):
     # -- parts ------------------------------------------------------------------------------------------------------
 
     def _begin(self, lanes: list[Lane]) -> None:
-        restored = False
         for lane in lanes:
             if id(lane) not in self._begun:
                 self._begun[id(lane)] = lane
-                if self.checkpoints is not None and lane.step == 0 and not lane.losses:
-                    restored |= self.checkpoints.restore(lane)
                 self._saved[id(lane)] = lane.wall_s
-        if restored:
-            self._arrange(lanes)
 
     def _each(self, lanes: list[Lane], work: Callable[[Sequence[Lane]], None], open_: Callable[[Lane], bool]) -> None:
         """Do the work on all lanes in as few parts as fit; `open_` says whether it is still to be done on a lane."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from peftscape.analysis.noise import candidates
 from peftscape.search.lane import Lane, new_lane
-from peftscape.search.prepare import prepare
 from peftscape.search.progress import show
 from peftscape.search.retest_order import retest_order
 from peftscape.spaces.design import Design
@@ -53,7 +52,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                     break  # it needs the backbone for itself
                 del jobs[0]
                 lane = new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
-                prepare(lane, cohort)
+                cohort.start(lane)
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
                 cohort.admit(lane)

@@ -137,7 +137,8 @@ class Storage:
     def tell(self, trial: Any, record: Record, worker: str = "") -> bool:
         """Write the record, then its values; what failed or was never trained is told as pruned.
 
-        TPE asks again for what it was told had failed; it leaves pruned trials of several objectives alone.
+        TPE asks again for what it was told had failed; pruned trials it ranks behind all complete ones, and NSGA-II and
+        GP leave them out.
 
         Returns:
             False if the trial is no longer this worker's: it was taken for dead, and another has the trial.

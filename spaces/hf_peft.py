@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftscape.spaces.methods.base import Method, Tensor, Tensors
-from peftscape.spaces.methods.fish_mask import LINEARS
+from peftscape.spaces.sites import LINEARS
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class HFPeft(Method):
     """The tuner of HF peft that the name says, on the linears of its sites; its equation is in peft's documentation."""
 
     category, execution = "hybrid", "solo"
-    sites = LINEARS
+    sites = frozenset(LINEARS)
     default_sites = ("q", "v")
     exact_start = False
     alone = True
@@ -53,7 +53,7 @@ class HFPeft(Method):
 
     def config(self, targets: list[str]) -> Any:
         """peft's configuration for these modules."""
-        return _classes(self.tuner)[0](target_modules=targets, **self.knobs())
+        return _config(self.tuner)(target_modules=targets, **self.knobs())
 
 
 @cache
@@ -64,7 +64,7 @@ def tuner(name: str) -> type[HFPeft]:
         InputError: peft is not installed, or has no tuner of that name that targets modules.
     """
     kind = name.removeprefix(PREFIX).upper()
-    config, _ = _classes(kind)
+    config = _config(kind)
     fields = [
         (f.name, Any, dataclasses.field(default=f.default))
         for f in dataclasses.fields(config)
@@ -143,17 +143,17 @@ def _stand_in(sites: tuple[Site, ...]) -> nn.Module:
 
 
 @cache
-def _classes(kind: str) -> tuple[Any, Any]:
+def _config(kind: str) -> Any:
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     except ImportError:
         raise InputError("method", ["peft: methods need HF peft; pip install peft"]) from None
-    tuners = {str(t.value): cls for t, cls in PEFT_TYPE_TO_TUNER_MAPPING.items()}
     configs = {str(t.value): cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    tuners = [str(kind.value) for kind in PEFT_TYPE_TO_TUNER_MAPPING]
     known = [k for k in tuners if "target_modules" in {f.name for f in dataclasses.fields(configs[k])}]
     if kind not in known:
         raise InputError("method", [f'HF peft has no tuner "{kind}" that targets modules{nearest(kind, known)}'])
-    return configs[kind], tuners[kind]
+    return configs[kind]
 
 
 def _own_names(config: Any) -> set[str]:

@@ -19,7 +19,7 @@ def methods() -> dict[str, type[Method]]:
             continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             own = isinstance(value, type) and value.__module__ == f"{__name__}.{module.name}"
-            if own and issubclass(value, Method):
+            if own and issubclass(value, Method) and "name" in vars(value):  # one without is a base of others
                 found[value.name] = value
     return dict(sorted(found.items()))
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.knobs import integer, knob, ladder
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
-from peftscape.spaces.methods.sequential_adapter import (
-    ACTIVATIONS,
-    bottleneck_saved,
-    bottleneck_tensors,
-    check_bottleneck,
-)
+from peftscape.spaces.methods.base import Lanes, Tensor, Tensors
+from peftscape.spaces.methods.bottleneck import ACTIVATIONS, Bottleneck
 from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
@@ -21,7 +16,7 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 
-class AdaMix(Method):
+class AdaMix(Bottleneck):
     """y + U_j sigma(D_i y + b_i) + c_j, experts i and j drawn for each module and pass; U = 0 at the start.
 
     D in R^{M x m x d}, U in R^{M x d x m}. In training a text passes twice, each time with experts drawn anew, and the
@@ -30,9 +25,6 @@ class AdaMix(Method):
     """
 
     name, category = "adamix", "unified"
-    sites = frozenset({"attention", "ffn"})
-    default_sites = ("ffn",)
-    size_knob, letter = "size", "m"
 
     size: int = knob(ladder(1, 256), default=16)
     experts: int = knob(integer(2, 8), default=4)
@@ -40,7 +32,7 @@ class AdaMix(Method):
     agreement: float = 1.0
 
     def tensors(self, site: Site) -> Tensors:
-        one = bottleneck_tensors(site.d_out, self.size)
+        one = super().tensors(site)
         many = {
             f"{name}_experts": Tensor((self.experts, *t.shape), init=t.init, stored=False, deployed=False)
             for name, t in one.items()
@@ -71,15 +63,3 @@ class AdaMix(Method):
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         return y + ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
-
-    def flops(self, site: Site, tokens: int) -> int:
-        return 4 * tokens * site.d_out * self.size
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("y",)
-
-    def saved_floats(self, site: Site, tokens: int) -> int:
-        return bottleneck_saved(self.activation, self.size, tokens)
-
-    def check(self, site: Site) -> str | None:
-        return check_bottleneck(site, self.size)

@@ -22,7 +22,7 @@ class ChildTuning(FishMask):
     them all; `D` is FISH Mask at a high density: weights outside its mask never move.
     """
 
-    name, category, execution = "child_tuning", "partial", "rewritten"
+    name, category = "child_tuning", "partial"
 
     density: float = knob(uniform(0.1, 0.4), default=0.3)
     variant: str = knob(choice("F", "D"), default="F")

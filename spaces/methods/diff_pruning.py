@@ -30,7 +30,7 @@ class DiffPruning(LTSFT):
     backbones of all sizes. Evaluation has no noise. w = 0 at the start.
     """
 
-    name, category, execution = "diff_pruning", "partial", "rewritten"
+    name, category = "diff_pruning", "partial"
 
     density: float = knob(log_uniform(2e-3, 0.2), default=0.005)
     penalty_weight: float = knob(log_uniform(1e-2, 10), default=0.5)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.knobs import knob, log_uniform
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.weight_change import WeightChange
 from peftscape.spaces.ops import weights
 
 if TYPE_CHECKING:
     import torch
 
-    from peftscape.spaces.methods.base import Array, Own, Probe
+    from peftscape.spaces.methods.base import Own, Probe
     from peftscape.spaces.sites import Site
 
-LINEARS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 
-
-class FishMask(Method):
+class FishMask(WeightChange):
     """(W + D) x, D zero but for k values at the largest F_i = mean over N examples of g_i^2; D = 0 at the start.
 
     k is `density` times the weights of all adapted linears, chosen among them all together, before training and for
@@ -25,10 +24,7 @@ class FishMask(Method):
     time. Stored are the k values and their places; weights elsewhere are the backbone's own, whatever the decay.
     """
 
-    name, category, execution = "fish_mask", "partial", "rewritten"
-    sites = LINEARS
-    default_sites = ("q", "k", "v", "o", "up", "down")
-    merges = True
+    name, category = "fish_mask", "partial"
 
     density: float = knob(log_uniform(2e-4, 0.1), default=0.005)
     examples: int = 256
@@ -40,24 +36,12 @@ class FishMask(Method):
             "index": Tensor((count,), scope="placement", trains=False, integer=True),
         }
 
-    def tensors(self, site: Site) -> Tensors:
-        return {}
-
     def prepare(self, own: list[Own], sites: tuple[Site, ...], probe: Probe) -> None:
         index = own[0]["index"]
         index.copy_(weights.largest(probe.squared_gradients(self.examples), len(index)))
 
     def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
         return [{"delta": delta} for delta in weights.scatter(own[0]["values"], own[0]["index"], sites)]
-
-    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return weights.dense(x, y, p.delta)
-
-    def flops(self, site: Site, tokens: int) -> int:
-        return 2 * tokens * site.d_in * site.d_out
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("x",)  # for the gradient of D
 
     def check(self, site: Site) -> str | None:
         return None if self.density <= 1 else f"density: {self.density} is larger than 1"

@@ -6,7 +6,8 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.knobs import knob, ladder
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.weight_change import WeightChange
 from peftscape.spaces.ops.fastfood import fastfood
 
 if TYPE_CHECKING:
@@ -18,17 +19,15 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 
-class IntrinsicSAID(Method):
+class IntrinsicSAID(WeightChange):
     """(W_i + lambda_i M_i theta) x for each of k adapted weights W_i, with theta in R^{d' - k}: d' numbers in all.
 
     M_i is a Fastfood projection onto the entries of W_i, made again from the seed that the file holds; theta = 0 and
     lambda = 1 at the start. With d' up to k, theta has one entry.
     """
 
-    name, category, execution = "intrinsic_said", "reparameterised", "rewritten"
-    sites = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+    name, category = "intrinsic_said", "reparameterised"
     default_sites = ("q", "v")
-    merges = True
     size_knob, letter = "size", "d"
 
     size: int = knob(ladder(64, 131072), default=1024)
@@ -53,17 +52,8 @@ class IntrinsicSAID(Method):
         for row, site in zip(own, sites, strict=True):
             here = seed + zlib.crc32(f"{site.kind}/{site.path}".encode())
             change = row["scale"] * fastfood(row["theta"], site.d_out * site.d_in, here)
-            rows.append({"change": change.view(site.d_out, site.d_in)})
+            rows.append({"delta": change.view(site.d_out, site.d_in)})
         return rows
-
-    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return y + x @ p.change.mT
-
-    def flops(self, site: Site, tokens: int) -> int:
-        return 2 * tokens * site.d_in * site.d_out
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("x",)  # for the gradient of the change
 
     def check(self, site: Site) -> str | None:
         if self.size > site.d_in * site.d_out:

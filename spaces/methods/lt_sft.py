@@ -5,28 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.knobs import knob, log_uniform
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
-from peftscape.spaces.methods.fish_mask import LINEARS
+from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.weight_change import WeightChange
 from peftscape.spaces.ops import weights
 
 if TYPE_CHECKING:
     import torch
 
-    from peftscape.spaces.methods.base import Array, Own
+    from peftscape.spaces.methods.base import Own
     from peftscape.spaces.sites import Site
 
 
-class LTSFT(Method):
+class LTSFT(WeightChange):
     """(W + M * D) x: D trains whole, then M takes the k largest |D|, D goes back to 0 and trains under M (sec. 3).
 
     The first `first_phase` of the steps finds the mask, the rest trains; the optimiser starts anew between them, the
     learning rate's schedule spans both. Stored are k values, `density` times all adapted weights, and their places.
     """
 
-    name, category, execution = "lt_sft", "partial", "rewritten"
-    sites = LINEARS
-    default_sites = ("q", "k", "v", "o", "up", "down")
-    merges = True
+    name, category = "lt_sft", "partial"
 
     density: float = knob(log_uniform(2e-3, 0.2), default=0.05)
     first_phase: float = 0.5
@@ -41,9 +38,6 @@ class LTSFT(Method):
     def _kept(self, size: int) -> int:
         return max(1, round(self.density * size))
 
-    def tensors(self, site: Site) -> Tensors:
-        return {}
-
     def after_step(self, own: list[Own], step: int, steps: int) -> bool:
         if step != round(self.first_phase * steps):
             return False
@@ -55,15 +49,6 @@ class LTSFT(Method):
 
     def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
         return [{"delta": part} for part in weights.split(own[0]["delta"] * own[0]["chosen"], sites)]
-
-    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return weights.dense(x, y, p.delta)
-
-    def flops(self, site: Site, tokens: int) -> int:
-        return 2 * tokens * site.d_in * site.d_out
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("x",)  # for the gradient of D
 
     def check(self, site: Site) -> str | None:
         if not 0 < self.first_phase < 1:

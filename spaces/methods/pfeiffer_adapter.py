@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftscape.spaces.knobs import knob, ladder
-from peftscape.spaces.methods.base import Lanes, Method, Tensors
-from peftscape.spaces.methods.sequential_adapter import (
-    ACTIVATIONS,
-    bottleneck_saved,
-    bottleneck_tensors,
-    check_bottleneck,
-)
+from peftscape.spaces.methods.base import Lanes
+from peftscape.spaces.methods.bottleneck import Bottleneck
 from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
@@ -19,7 +13,7 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site, SiteMap
 
 
-class PfeifferAdapter(Method):
+class PfeifferAdapter(Bottleneck):
     """LN(s + W_up sigma(W_down LN(s) + b_down) + b_up), s the layer's last residual sum, LN frozen; W_up = 0.
 
     It reads what the frozen LayerNorm gives and adds to the sum before it: once a layer, L(2dm + m + d) parameters.
@@ -30,11 +24,7 @@ class PfeifferAdapter(Method):
     name, category = "pfeiffer_adapter", "additive"
     sites = frozenset({"norm", "block"})
     default_sites = ("norm", "block")
-    size_knob, letter = "size", "m"
     needs_weight = True
-
-    size: int = knob(ladder(1, 256), default=64)
-    activation: str = knob(ACTIVATIONS, default="relu")
 
     def takes(self, site: Site, sites: SiteMap) -> bool:
         if sites.norm_place == "pre" or site.kind == "block":
@@ -42,22 +32,10 @@ class PfeifferAdapter(Method):
         norms = [s for s in sites.sites if s.kind == "norm" and s.layer == site.layer]
         return site.layer >= 0 and site == norms[-1]
 
-    def tensors(self, site: Site) -> Tensors:
-        return bottleneck_tensors(site.d_out, self.size)
-
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         change = ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
         return p.norm(x + change) if hasattr(p, "norm") else y + change
 
-    def flops(self, site: Site, tokens: int) -> int:
-        return 4 * tokens * site.d_out * self.size
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("y",)
-
     def saved_floats(self, site: Site, tokens: int) -> int:
         again = site.d_out + 2 if site.kind == "norm" else 0  # the second LayerNorm: its input, mean and deviation
-        return tokens * again + bottleneck_saved(self.activation, self.size, tokens)
-
-    def check(self, site: Site) -> str | None:
-        return check_bottleneck(site, self.size)
+        return tokens * again + super().saved_floats(site, tokens)

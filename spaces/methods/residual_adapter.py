@@ -5,14 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from peftscape.spaces.knobs import knob, ladder
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
-from peftscape.spaces.methods.sequential_adapter import (
-    ACTIVATIONS,
-    bottleneck_saved,
-    bottleneck_tensors,
-    check_bottleneck,
-)
+from peftscape.spaces.methods.base import Lanes, Tensor, Tensors
+from peftscape.spaces.methods.bottleneck import Bottleneck
 from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
@@ -20,7 +14,7 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 
-class ResidualAdapter(Method):
+class ResidualAdapter(Bottleneck):
     """y + W_up sigma(W_down LN(y) + b_down) + b_up on a block's output, LN with a gain and a bias of its own.
 
     W_down N(0, 0.02), W_up = 0 and a gain of 1 at the start; once a block, so L(2dm + m + 3d) parameters.
@@ -29,13 +23,9 @@ class ResidualAdapter(Method):
     name, category = "residual_adapter", "additive"
     sites = frozenset({"attention", "ffn", "block"})
     default_sites = ("block",)
-    size_knob, letter = "size", "m"
-
-    size: int = knob(ladder(1, 256), default=64)
-    activation: str = knob(ACTIVATIONS, default="relu")
 
     def tensors(self, site: Site) -> Tensors:
-        made = bottleneck_tensors(site.d_out, self.size)
+        made = super().tensors(site)
         made["down"] = dataclasses.replace(made["down"], init="normal")
         return {"gain": Tensor((site.d_out,), init="ones"), "shift": Tensor((site.d_out,)), **made}
 
@@ -48,15 +38,6 @@ class ResidualAdapter(Method):
         down_bias = p.down_bias + torch.bmm(p.down, p.shift.unsqueeze(-1)).squeeze(-1)
         return y + ops.bottleneck(normed, down, down_bias, p.up, p.up_bias, self.activation)
 
-    def flops(self, site: Site, tokens: int) -> int:
-        return 4 * tokens * site.d_out * self.size
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("y",)
-
     def saved_floats(self, site: Site, tokens: int) -> int:
         # Besides y: its mean and deviation, and y normed.
-        return tokens * (2 + site.d_out) + bottleneck_saved(self.activation, self.size, tokens)
-
-    def check(self, site: Site) -> str | None:
-        return check_bottleneck(site, self.size)
+        return tokens * (2 + site.d_out) + super().saved_floats(site, tokens)

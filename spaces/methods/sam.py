@@ -19,7 +19,7 @@ class SAM(FishMask):
     g_i^2 / (2 h): the best k are those of the largest g_i^2 (theorem 3). FISH Mask squares before it takes the mean.
     """
 
-    name, category, execution = "sam", "partial", "rewritten"
+    name, category = "sam", "partial"
 
     def prepare(self, own: list[Own], sites: tuple[Site, ...], probe: Probe) -> None:
         index = own[0]["index"]

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.knobs import knob, log_uniform
-from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
-from peftscape.spaces.methods.fish_mask import LINEARS
-from peftscape.spaces.ops import weights
+from peftscape.spaces.methods.base import Tensor, Tensors
+from peftscape.spaces.methods.weight_change import WeightChange
 
 if TYPE_CHECKING:
     import torch
@@ -17,17 +16,14 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 
-class ThresholdMask(Method):
+class ThresholdMask(WeightChange):
     """(W * 1[s > tau]) x, one score s a weight, its gradient straight through the threshold (sec. 3).
 
     s ~ U(0, 1) at the start, so that tau is the fraction masked then (5 % in the paper): the start is not the
     backbone. Stored is one bit a weight; the backbone's values do not change.
     """
 
-    name, category, execution = "threshold_mask", "partial", "rewritten"
-    sites = LINEARS
-    default_sites = ("q", "k", "v", "o", "up", "down")
-    merges = True
+    name, category = "threshold_mask", "partial"
     exact_start = False
     needs_weight = True
 
@@ -51,15 +47,6 @@ class ThresholdMask(Method):
     def finish(self, own: list[Own], sites: tuple[Site, ...]) -> None:
         for row in own:
             row["score"].copy_(row["score"] > self.threshold)
-
-    def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return weights.dense(x, y, p.delta)
-
-    def flops(self, site: Site, tokens: int) -> int:
-        return 2 * tokens * site.d_in * site.d_out
-
-    def keeps(self, site: Site) -> tuple[str, ...]:
-        return ("x",)  # for the gradient of the scores
 
     def check(self, site: Site) -> str | None:
         return None if self.threshold < 1 else f"threshold: {self.threshold} masks everything"
