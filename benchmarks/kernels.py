@@ -1,18 +1,18 @@
 """Lanes' kernels against plain torch, torch.compile of it, and what HF peft's users run, looped over lanes.
 
-    python benchmarks/kernels.py [--op NAME ...] [--dtype bfloat16 ...] [--no-compile] [--table] [--out FILE]
+    python benchmarks/kernels.py [--op NAME ...] [--dtype bfloat16 ...] [--no-compile] [--save [TABLE]] [--out FILE]
     python benchmarks/kernels.py --interpret        # a smoke test on a CPU: tiny sizes, its times mean nothing
 
 Forward and backward apart: seconds (the median, the L2 cache swept before each run), the bytes that must move, the
 bandwidth that makes, its ratio to a copy on the same device, and the peak of memory above what lay there before. Every
 way starts from each lane's own float32 tensors and brings gradients back to them, and is first compared with plain
-torch. `--table` puts the ratios into spaces/ops/measured.json, from which kernels are chosen.
+torch. `--save` writes the table from which kernels are chosen on this machine (~/.cache/peftscape/kernels.json);
+`--save spaces/ops/measured.json` is for those who maintain the package's.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +29,14 @@ if "--interpret" in sys.argv:
 
 import torch
 import triton
+from kernel_tasks import DEVICE, INTERPRET, TASKS, Task, tasks
 from torch import Tensor
-from torch.nn import functional
 
-from peftscape.spaces.ops import reference
-from peftscape.spaces.ops.choose import Call
-from peftscape.spaces.ops.fused_adamw import adamw
-from peftscape.spaces.ops.fused_attention import prefix_attention
-from peftscape.spaces.ops.fused_bottleneck import bottleneck
-from peftscape.spaces.ops.fused_low_rank import low_rank
+from peftscape.spaces.ops.choose import saved
 
-INTERPRET = "--interpret" in sys.argv
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRET else "cpu")
 REPEATS = 1 if INTERPRET else 30
 HERE = Path(__file__).parent
-TABLE = HERE.parent / "spaces" / "ops" / "measured.json"
-MIXED = (4, 8, 16, 64)
-
-
-@dataclass
-class Task:
-    """One operation at one size, and the ways to do it; `ways` give outputs from nothing.
-
-    Args:
-        forward_bytes, backward_bytes: the least that must move, by the kernel's docstring.
-        leaves, grads: what is differentiated, and the outputs' gradients; none for the optimiser.
-    """
-
-    call: Call
-    ways: dict[str, Callable[[], Sequence[Tensor]]]
-    forward_bytes: int
-    backward_bytes: int = 0
-    leaves: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    note: str = ""
+UNIT = "seconds of forward and backward together"
 
 
 def main() -> None:
@@ -71,12 +45,12 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--dtype", nargs="+", default=["float32"] if INTERPRET else ["bfloat16"])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", action="store_true", help="let kernels be chosen by this")
+    parser.add_argument("--save", type=Path, nargs="?", const=saved(), help="the table by which kernels are chosen")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     parser.add_argument("--interpret", action="store_true", help="a smoke test on a CPU")
     args = parser.parse_args()
-    if DEVICE.type == "cpu" and (args.table or not INTERPRET):
-        parser.error("there is no GPU here to measure; --interpret runs a smoke test on the CPU, without --table")
+    if DEVICE.type == "cpu" and (args.save or not INTERPRET):
+        parser.error("there is no GPU here to measure; --interpret runs a smoke test on the CPU, without --save")
     copy = copy_bandwidth()
     print(f"{device_name()}: a copy moves {copy / 1e9:.1f} GB/s")
     without = {"torch.compile"} if args.no_compile else set()
@@ -90,8 +64,8 @@ def main() -> None:
     }  # fmt: skip
     if out := args.out or (None if INTERPRET else HERE / "results" / "kernels.json"):
         out.write_text(json.dumps(result, indent=2) + "\n")
-    if args.table:
-        write_table(rows)
+    if args.save:
+        save(rows, args.save, device_name())
 
 
 # -- measuring
@@ -178,222 +152,29 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
 
 
-def write_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Replace this device's rows: kernel and plain torch, forward and backward together."""
-    table = json.loads(TABLE.read_text())
-    kept = [row for row in table["rows"] if row["device"] != device_name()]
+def save(rows: Sequence[dict[str, Any]], path: Path, device: str) -> None:
+    """Put kernel and plain torch, forward and backward together, into a table; what it had of other calls stays.
+
+    Plain torch is what lanes run without the kernel: for AdamW torch's own optimiser, lane after lane.
+    """
+    table = json.loads(path.read_text()) if path.is_file() else {"unit": UNIT, "rows": []}
     names = ("op", "dtype", "lanes", "size", "tokens", "width")
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if "failed" not in row:
             calls = found.setdefault(tuple(row[n] for n in names), {})
             calls.setdefault(row["how"], row["forward_s"] + row.get("backward_s", 0.0))
+    new = []
     for call, how in found.items():
-        others = [s for name, s in how.items() if name in ("torch", "torch.compile")]
-        if "kernel" in how and others:
-            ours = {"device": device_name(), "call": dict(zip(names, call, strict=True)), "kernel_s": how["kernel"]}
-            kept.append({**ours, "torch_s": min(others)})
-    TABLE.write_text(json.dumps(table | {"rows": kept}, indent=2) + "\n")
-
-
-# -- what is measured
-
-
-def compiled(way: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-    """torch.compile of plain torch; the smoke test traces it and leaves the code generator out."""
-    torch._dynamo.reset()  # after eight sizes of one function it would give up
-    return torch.compile(way, backend="eager" if INTERPRET else "inductor", dynamic=False)  # type: ignore[no-any-return]
-
-
-def states(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
-
-
-def own(*shape: int) -> Tensor:
-    return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_()
-
-
-def spread(sizes: int | tuple[int, ...], lanes: int) -> list[int]:
-    return [sizes] * lanes if isinstance(sizes, int) else [sizes[i % len(sizes)] for i in range(lanes)]
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def low_rank_task(dtype: torch.dtype, lanes: int, rank: Any, tokens: int, d_in: int, widths: Sequence[int]) -> Task:
-    """One linear, or q, k and v of a model with grouped queries."""
-    ranks = spread(rank, lanes)
-    x, ys = states(lanes, tokens, d_in, dtype=dtype), [states(lanes, tokens, d, dtype=dtype) for d in widths]
-    a, b = [[own(r, d_in) for r in ranks] for _ in widths], [[own(d, r) for r in ranks] for d in widths]
-    scales, one = torch.ones(len(widths), lanes, device=DEVICE), torch.ones(lanes, 1, 1, dtype=dtype, device=DEVICE)
-
-    def plain() -> Sequence[Tensor]:
-        return [
-            reference.low_rank(x, y, reference.stacked(p, dtype), reference.stacked(q, dtype), one)
-            for y, p, q in zip(ys, a, b, strict=True)
-        ]
-
-    def kernel() -> Sequence[Tensor]:
-        return low_rank(x, ys, a, b, scales)
-
-    size, weights = x.element_size(), 4 * sum(ranks) * sum(d_in + d for d in widths)
-    return Task(
-        Call("low_rank", name(dtype), lanes, -(-sum(ranks) // lanes), tokens, d_in),
-        {"torch": plain, "kernel": kernel, "torch.compile": compiled(plain), "peft": peft_lora(x, ys, a, b)},
-        size * lanes * tokens * (d_in + 2 * sum(widths)) + weights,
-        size * lanes * tokens * (2 * d_in + sum(widths)) + 2 * weights,
-        [x, *ys, *(t for row in (*a, *b) for t in row)], [torch.randn_like(y) for y in ys],
-        f"ranks {rank}, {len(widths)} linear(s) of {widths}",
-    )  # fmt: skip
-
-
-def peft_lora(x: Tensor, ys: Sequence[Tensor], a: Any, b: Any) -> Callable[[], Sequence[Tensor]]:
-    """peft's LoRA layer, lane after lane, around a linear whose product is there already."""
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    class Given(torch.nn.Linear):
-        """A frozen linear that costs nothing."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.given  # type: ignore[return-value]
-
-    def layer(base: Any, rank: int) -> Any:
-        return Linear(base, "default", config=LoraConfig(r=rank, lora_alpha=rank), r=rank, lora_alpha=rank)
-
-    bases = [Given(x.shape[2], y.shape[2], bias=False, device=DEVICE, dtype=x.dtype) for y in ys]
-    layers = [[layer(base, len(t)) for t in p] for base, p in zip(bases, a, strict=True)]
-
-    def run() -> Sequence[Tensor]:
-        outputs = []
-        for row, y, p, q in zip(layers, ys, a, b, strict=True):
-            lanes = []
-            for i, one in enumerate(row):
-                one.base_layer.given = y[i]
-                weights = {"lora_A.default.weight": p[i], "lora_B.default.weight": q[i]}
-                lanes.append(torch.func.functional_call(one, weights, (x[i],)))
-            outputs.append(torch.stack(lanes))
-        return outputs
-
-    return run
-
-
-def bottleneck_task(dtype: torch.dtype, lanes: int, size: Any, tokens: int, width: int) -> Task:
-    """Sequential adapters; peft has none, so a loop over lanes in plain torch stands for it."""
-    sizes = spread(size, lanes)
-    y = states(lanes, tokens, width, dtype=dtype)
-    down, up = [own(m, width) for m in sizes], [own(width, m) for m in sizes]
-    parts = (down, [own(m) for m in sizes], up, [own(width) for _ in sizes])
-
-    def plain() -> Sequence[Tensor]:
-        return [y + reference.bottleneck(y, *(reference.stacked(t, dtype) for t in parts), "gelu")]
-
-    def kernel() -> Sequence[Tensor]:
-        return [bottleneck(None, y, *parts, "gelu")]
-
-    def loop() -> Sequence[Tensor]:
-        rows = []
-        for row, *weights in zip(y, *parts, strict=True):
-            d, e, u, c = (w.to(dtype) for w in weights)
-            rows.append(row + functional.linear(functional.gelu(functional.linear(row, d, e)), u, c))
-        return [torch.stack(rows)]
-
-    moved, weights = y.element_size() * y.numel(), 4 * 2 * sum(sizes) * width
-    return Task(
-        Call("bottleneck", name(dtype), lanes, -(-sum(sizes) // lanes), tokens, width),
-        {"torch": plain, "kernel": kernel, "torch.compile": compiled(plain), "loop over lanes": loop},
-        2 * moved + weights, 3 * moved + 2 * weights,
-        [y, *(t for row in parts for t in row)], [torch.randn_like(y)], f"sizes {size}, sequential, gelu",
-    )  # fmt: skip
-
-
-def attention_task(dtype: torch.dtype, lanes: int, rows: int, length: Any, tokens: int, heads: int, kv_heads: int,
-                   width: int) -> Task:  # fmt: skip
-    """Causal, grouped queries; "peft" is what its prefix tuning does: a cache before the keys, torch's attention."""
-    lengths = spread(length, lanes)
-    q, k, v = (states(lanes * rows, h, tokens, width, dtype=dtype) for h in (heads, kv_heads, kv_heads))
-    keys, values = ([own(n, kv_heads * width) for n in lengths] for _ in range(2))
-    owner, count = [i // rows for i in range(lanes * rows)], torch.tensor(lengths, device=DEVICE)
-
-    def plain() -> Sequence[Tensor]:
-        padded = [reference.stacked(t, dtype) for t in (keys, values)]
-        return [reference.prefix_attention(q, k, v, *padded, owner, causal=True, lengths=count)]
-
-    def kernel() -> Sequence[Tensor]:
-        return [prefix_attention(q, k, v, keys, values, owner, causal=True)]
-
-    def before(prefix: Tensor, sequence: Tensor) -> Tensor:
-        heads_first = prefix.to(dtype).view(len(prefix), kv_heads, width).transpose(0, 1)
-        return torch.cat([heads_first.expand(rows, -1, -1, -1), sequence], dim=2)
-
-    def peft() -> Sequence[Tensor]:
-        outputs = []
-        for i, prefix in enumerate(zip(keys, values, strict=True)):
-            mine = slice(i * rows, (i + 1) * rows)
-            first, second = before(prefix[0], k[mine]), before(prefix[1], v[mine])
-            seen = torch.ones(tokens, first.shape[2], dtype=torch.bool, device=DEVICE).tril(len(prefix[0]))
-            attend = functional.scaled_dot_product_attention
-            outputs.append(attend(q[mine], first, second, attn_mask=seen, enable_gqa=True))
-        return [torch.cat(outputs).transpose(1, 2)]
-
-    size, seen = q.element_size() * lanes * rows * tokens * width, 2 * 4 * sum(lengths) * kv_heads * width
-    norms = 4 * lanes * rows * tokens * heads
-    return Task(
-        Call("prefix_attention", name(dtype), lanes, -(-sum(lengths) // lanes), tokens, width),
-        {"torch": plain, "kernel": kernel, "torch.compile": compiled(plain), "peft": peft},
-        size * 2 * (heads + kv_heads) + seen + norms, size * 4 * (heads + kv_heads) + 2 * seen + 3 * norms,
-        [q, k, v, *keys, *values],
-        [torch.randn(lanes * rows, tokens, heads, width, device=DEVICE).to(dtype)],
-        f"prefixes {length}, {rows} rows a lane, {heads} heads, {kv_heads} of keys, causal",
-    )  # fmt: skip
-
-
-def adamw_task(dtype: torch.dtype, lanes: int, tensors: int, rank: int, width: int) -> Task:
-    """LoRA of q and v in all layers, float32 whatever the backbone. "peft" clips and steps lane after lane."""
-    made = ([[torch.randn(rank, width, device=DEVICE) for _ in range(tensors)] for _ in range(lanes)] for _ in range(4))
-    params, grads, first, second = made
-    second = [[t.abs() for t in row] for row in second]
-    numbers = [torch.full((lanes,), value, device=DEVICE) for value in (9.0, 1e-4, 0.01, 1.0)]
-    loop = [torch.optim.AdamW(row, lr=1e-4, weight_decay=0.01, fused=True) for row in params]
-
-    def kernel() -> Sequence[Tensor]:
-        return [adamw(params, grads, first, second, *numbers)]
-
-    def plain() -> Sequence[Tensor]:
-        return [reference.adamw(params, grads, first, second, *numbers)]
-
-    def peft() -> Sequence[Tensor]:
-        norms = []
-        for row, gradients, optimizer in zip(params, grads, loop, strict=True):
-            for p, g in zip(row, gradients, strict=True):
-                p.grad = g.clone()
-            norms.append(torch.nn.utils.clip_grad_norm_(row, 1.0))
-            optimizer.step()
-        return [torch.stack(norms)]
-
-    count = lanes * tensors * rank * width
-    note = f"{tensors} tensors of {rank} x {width} a lane; peft's row copies the gradients as well"
-    ways = {"torch": plain, "kernel": kernel, "peft": peft}
-    return Task(Call("adamw", "float32", lanes, count // lanes, lanes * tensors, 1), ways, 32 * count, note=note)
-
-
-#: What makes a task of sizes, the sizes for a GPU, and those for a smoke test.
-TASKS: dict[str, tuple[Callable[..., Task], list[Sequence[Any]], Sequence[Any]]] = {
-    "low_rank": (low_rank_task, [(1, 8, 32), (8, 64, MIXED), (256,), (4096,), ((4096,), (4096, 1024, 1024))],
-                 (2, 3, 8, 32, (32,))),
-    "bottleneck": (bottleneck_task, [(1, 8, 32), (16, 64, (*MIXED, 256)), (256,), (1024, 4096)], (2, 3, 8, 32)),
-    "prefix_attention": (attention_task, [(1, 8, 32), (1, 8), (16, MIXED), (256,), (32,), (8,), (64,)],
-                         (2, 1, 3, 8, 2, 1, 16)),
-    "adamw": (adamw_task, [(1, 8, 32), (64,), (8, 64), (2048,)], (2, 2, 3, 8)),
-}  # fmt: skip
-
-
-def tasks(op: str, dtype: torch.dtype) -> Iterator[Task]:
-    """One after the other, so that one's tensors are gone before the next one's are made."""
-    make, full, smoke = TASKS[op]
-    for sizes in [smoke] if INTERPRET else itertools.product(*full):
-        yield make(dtype, *sizes)
+        otherwise = "peft" if call[0] == "adamw" else "torch"
+        if "kernel" in how and otherwise in how:
+            one = {"device": device, "call": dict(zip(names, call, strict=True))}
+            new.append({**one, "kernel_s": how["kernel"], "torch_s": how[otherwise]})
+    done = [(row["device"], row["call"]) for row in new]
+    kept = [row for row in table["rows"] if (row["device"], row["call"]) not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table | {"rows": kept + new}, indent=2) + "\n")
+    print(f"{path}: {len(new)} calls on {device}")
 
 
 if __name__ == "__main__":

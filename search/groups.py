@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftscape.spaces.compositions import gated
 from peftscape.spaces.methods.base import Lanes, Method
+from peftscape.spaces.ops.choose import noting
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -32,6 +33,7 @@ class Group:
         members: the tensors that the site sees of each lane, by name.
         numbers: numeric knobs by name, lanes x 1 x 1.
         frozen: the site's own weights, where the method reads them.
+        ran: of each lane the kernels that it ran on.
     """
 
     placement: Placement
@@ -41,27 +43,29 @@ class Group:
     members: list[Own]
     numbers: dict[str, Tensor]
     frozen: dict[str, Any]
+    ran: list[set[str]]
 
     @property
     def method(self) -> Method:
         return self.placement.method
 
     def values(self, dtype: torch.dtype, batch: Batch | None = None) -> Lanes:
-        """What `apply` sees, padded with zeros to the largest of the group, in the dtype of the computation."""
-        names = [name for name in self.members[0] if name not in self.frozen]
-        stacked: dict[str, Any] = {name: stack([m[name] for m in self.members], dtype) for name in names}
+        """What `apply` sees: each lane's own tensors, in the dtype of the computation where they are stacked."""
+        own = {name: [m[name] for m in self.members] for name in self.members[0] if name not in self.frozen}
         text = {"text": self.text(batch)} if self.method.needs_text and batch is not None else {}
-        return Lanes(stacked | self.numbers | self.frozen | text)
+        return Lanes(self.numbers | self.frozen | text, own, dtype)
 
     def output(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
         """What the site gives, adapted."""
         p = self.values(y.dtype, batch)
-        return self._composed(p, x, y, self.method.apply(p, x, y), batch)
+        with noting(self.ran):
+            return self._composed(p, x, y, self.method.apply(p, x, y), batch)
 
     def input(self, x: Tensor, batch: Batch) -> Tensor:
         """What the site reads, adapted."""
         p = self.values(x.dtype, batch)
-        return self._composed(p, x, x, self.method.apply_input(p, x), batch)
+        with noting(self.ran):
+            return self._composed(p, x, x, self.method.apply_input(p, x), batch)
 
     def gate(self, x: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
         """lanes x texts x 1, from what the site's module reads."""
@@ -106,7 +110,8 @@ class Stage:
         return sizes, who
 
 
-Member: TypeAlias = "tuple[int, Placement, Own]"
+#: A lane's number, its placement, what the site sees of it, and the kernels that it ran on.
+Member: TypeAlias = "tuple[int, Placement, Own, set[str]]"
 
 
 def stages(lanes: Sequence[Lane], backbone: Backbone) -> list[Stage]:
@@ -126,7 +131,7 @@ def stages(lanes: Sequence[Lane], backbone: Backbone) -> list[Stage]:
             for site, own in zip(sites, seen, strict=True):
                 key = (depth.get(site.path, 0), order[site], placement.method.side(site))
                 where[key] = site
-                found.setdefault(key, []).append((number, placement, own))
+                found.setdefault(key, []).append((number, placement, own, lane.kernels))
             for path in {site.path for site in sites}:
                 depth[path] = depth.get(path, 0) + 1
     return [
@@ -157,43 +162,11 @@ def _group(members: list[Member], site: Site, backbone: Backbone) -> Group:
         site=site,
         first=members[0][0],
         count=len(members),
-        members=[own for _, _, own in members],
-        numbers=_numbers([placement.method for _, placement, _ in members], backbone.dtype, backbone.device),
+        members=[own for _, _, own, _ in members],
+        numbers=_numbers([placement.method for _, placement, *_ in members], backbone.dtype, backbone.device),
         frozen=backbone.frozen(site) if members[0][1].method.needs_weight else {},
+        ran=[ran for *_, ran in members],
     )
-
-
-def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Lanes' tensors under one leading dimension, zeros where one is smaller; gradients go back in their own dtype."""
-    stacked: Tensor = _Stack.apply(dtype, *tensors)  # type: ignore[no-untyped-call]
-    return stacked
-
-
-class _Stack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        ctx.shapes = [(t.shape, t.dtype) for t in tensors]
-        largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        out = torch.zeros(len(tensors), *largest, dtype=dtype, device=tensors[0].device)
-        for i, t in enumerate(tensors):
-            _corner(out[i], t.shape).copy_(t)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        parts = [
-            _corner(grad[i], shape).to(dtype) if ctx.needs_input_grad[i + 1] else None
-            for i, (shape, dtype) in enumerate(ctx.shapes)
-        ]
-        return (None, *parts)
-
-
-def _corner(x: Tensor, shape: torch.Size) -> Tensor:
-    """The part of a padded tensor that is its own."""
-    for dim, size in enumerate(shape):
-        x = x.narrow(dim, 0, size)
-    return x
 
 
 def _numbers(members: Sequence[Method], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

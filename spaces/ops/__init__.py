@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.ops import reference
-from peftscape.spaces.ops.choose import Call, choice
+from peftscape.spaces.ops.choose import Call, choice, possible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: A bottleneck of more numbers does not fit in a block's registers.
 LARGEST_BOTTLENECK = 256
+#: Nor a head of more.
+WIDEST_HEAD = 256
 
 
 def low_rank(x: Tensor, y: Tensor, a: Own, b: Own, scale: Tensor, rank: Tensor | None = None) -> Tensor:
@@ -37,8 +39,8 @@ def low_rank(x: Tensor, y: Tensor, a: Own, b: Own, scale: Tensor, rank: Tensor |
 def low_rank_shared(x: Tensor, ys: Sequence[Tensor], a: Sequence[Own], b: Sequence[Own], scales: Sequence[Tensor],
                     rank: Tensor | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     """`low_rank` of several linears that read the same x (q, k, v): a kernel reads x once for all."""
-    fits = [*ys, *a, *b]
-    if _may(x, fits, scales) and choice(_call("low_rank", x, a[0], 0, x.shape[1]), x.device).kernel:
+    may = possible(x.device) and _may(x, [*ys, *a, *b], scales)
+    if may and choice(_call("low_rank", x, a[0], 0, x.shape[1]), x.device).kernel:
         import torch
 
         from peftscape.spaces.ops.fused_low_rank import low_rank as fused
@@ -49,11 +51,6 @@ def low_rank_shared(x: Tensor, ys: Sequence[Tensor], a: Sequence[Own], b: Sequen
         reference.low_rank(x, y, reference.stacked(p, x.dtype), reference.stacked(q, x.dtype), _each(s, x))
         for y, p, q, s in zip(ys, a, b, scales, strict=True)
     )
-
-
-def bottleneck(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str) -> Tensor:
-    """The bottleneck alone, in plain torch; `adapter` adds it to what it adapts in one pass."""
-    return reference.bottleneck(x, down, down_bias, up, up_bias, activation)
 
 
 def adapter(y: Tensor, down: Own, down_bias: Own, up: Own, up_bias: Own, activation: str, *, x: Tensor | None = None,
@@ -67,9 +64,9 @@ def adapter(y: Tensor, down: Own, down_bias: Own, up: Own, up_bias: Own, activat
         size: what of stacked tensors is not padding, one number a lane.
     """
     own = (down, down_bias, up, up_bias)
-    largest = max(t.shape[0] for t in _list(down))
-    may = _may(y, [*own, *([] if x is None else [x])], [] if scale is None else [scale])
-    may = may and largest <= LARGEST_BOTTLENECK and (x is None or x.shape == y.shape)
+    fits = max(t.shape[0] for t in _list(down)) <= LARGEST_BOTTLENECK and (x is None or x.shape == y.shape)
+    may = fits and possible(y.device)
+    may = may and _may(y, [*own, *([] if x is None else [x])], [] if scale is None else [scale])
     if may and choice(_call("bottleneck", y, down, 0, y.shape[1]), y.device).kernel:
         from peftscape.spaces.ops.fused_bottleneck import bottleneck as fused
 
@@ -89,8 +86,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keys: Own, values: Own, ow
 
     Args: as `fused_attention.prefix_attention`; softcap: scores become tanh(scores / softcap) softcap, in torch only.
     """
-    fits = _may(q, [k, v, keys, values], []) and softcap is None and q.shape[-1] <= 256
-    if fits and choice(_call("prefix_attention", q, keys, 0, q.shape[2]), q.device).kernel:
+    if softcap is None and attends_fused(q, keys, values):
         from peftscape.spaces.ops.fused_attention import prefix_attention as fused
 
         how: dict[str, Any] = {"valid": valid, "causal": causal, "window": window, "scale": scale, "lengths": lengths}
@@ -106,27 +102,41 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keys: Own, values: Own, ow
     )  # fmt: skip
 
 
+def attends_fused(q: Tensor, keys: Own, values: Own) -> bool:
+    """Whether `prefix_attention` of queries like these would run as a kernel."""
+    may = q.shape[-1] <= WIDEST_HEAD and possible(q.device) and _may(q, [keys, values], [])
+    return may and choice(_call("prefix_attention", q, keys, 0, q.shape[2]), q.device).kernel
+
+
 def adamw(params: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]], first: Sequence[Sequence[Tensor]],
           second: Sequence[Sequence[Tensor]], steps: Tensor, lr: Tensor, decay: Tensor, clip: Tensor,
           **how: Any) -> Tensor:  # fmt: skip
     """One AdamW step of every lane, in place; the norms of their gradients (arXiv:1711.05101). A lane whose norm is
     not finite stays as it is. Args: as `fused_adamw.adamw`."""
-    every = [t for lane in params for t in lane]
-    numbers = sum(t.numel() for t in every) // max(len(params), 1)
-    may = all(t.dtype == every[0].dtype and str(t.dtype) == "torch.float32" and t.is_contiguous() for t in every)
-    call = Call("adamw", "float32", len(params), numbers, len(every), 1)
-    if may and every and choice(call, every[0].device).kernel:
+    if updates_fused(params):
         from peftscape.spaces.ops.fused_adamw import adamw as fused
 
         return fused(params, grads, first, second, steps, lr, decay, clip, **how)
     return reference.adamw(params, grads, first, second, steps, lr, decay, clip, **how)
 
 
+def updates_fused(params: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether `adamw` of parameters like these would run as a kernel. Where not, torch's own optimiser beats the
+    reference."""
+    every = [t for lane in params for t in lane]
+    if not every or not possible(every[0].device):
+        return False
+    if any(str(t.dtype) != "torch.float32" or not t.is_contiguous() for t in every):
+        return False
+    numbers = sum(t.numel() for t in every) // len(params)
+    return choice(Call("adamw", "float32", len(params), numbers, len(every), 1), every[0].device).kernel
+
+
 def _may(x: Tensor, tensors: Sequence[Own], scales: Sequence[Tensor]) -> bool:
     """Whether a kernel knows these precisions; none gives a gradient to a scale."""
     known = ("torch.float32", "torch.bfloat16", "torch.float16")
-    every = [x, *(t for own in tensors for t in _list(own))]
-    return all(str(t.dtype) in known for t in every) and not any(s.requires_grad for s in scales)
+    every = {x.dtype, *(t.dtype for own in tensors for t in _list(own))}
+    return all(str(dtype) in known for dtype in every) and not any(s.requires_grad for s in scales)
 
 
 def _list(own: Own) -> Sequence[Tensor]:

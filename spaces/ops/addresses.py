@@ -1,7 +1,8 @@
 """Where the lanes' own matrices lie, as kernels read it: one table of 64-bit integers, copied to the device once.
 
 A table depends on addresses and sizes alone. Trained tensors stay where they are from step to step, so that nearly
-every call finds its table made; gradients are slices of one new tensor and need none.
+every call finds its table made; gradients are slices of one new tensor and need none. Where one has to be made, its
+numbers go to the device from pinned memory, so that the CPU does not wait for what runs there.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def table(key: Any, device: torch.device, make: Callable[[], dict[str, Sequence[
     found = _TABLES.get((device, key))
     if found is None:
         columns = make()
-        flat = torch.tensor([n for column in columns.values() for n in column], dtype=torch.int64).to(device)
+        flat = upload([n for column in columns.values() for n in column], torch.int64, device)
         found = dict(zip(columns, torch.split(flat, [len(column) for column in columns.values()]), strict=True))
         _TABLES[device, key] = found
         if len(_TABLES) > _LIMIT:
@@ -91,6 +92,14 @@ def table(key: Any, device: torch.device, make: Callable[[], dict[str, Sequence[
     else:
         _TABLES.move_to_end((device, key))
     return found
+
+
+def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for it."""
+    import torch
+
+    made = torch.tensor(numbers, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def split(flat: Tensor, found: Where, shape: Callable[[int], tuple[int, ...]]) -> tuple[Tensor, ...]:

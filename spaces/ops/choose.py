@@ -1,9 +1,10 @@
 """Which operations run as kernels: those that a benchmark on this device found faster at sizes like these.
 
-`measured.json` holds what `benchmarks/kernels.py --table` measured. For a device without measurements plain torch runs:
-a kernel that nobody has timed there may be slower, and is not trusted to be faster because it moves fewer bytes.
-PEFTSCAPE_KERNELS=off turns all kernels off, =on takes one wherever it can run on CUDA, =auto (the default) asks the
-table. On a CPU plain torch always runs. `decisions` says what was chosen, and why, for a record.
+`measured.json`, and the table that `benchmarks/kernels.py --save` makes on a machine, hold what was measured. For a
+device without measurements plain torch runs: a kernel that nobody has timed there may be slower, and is not trusted to
+be faster because it moves fewer bytes. PEFTSCAPE_KERNELS=off turns all kernels off, =auto (the default) asks the
+tables, =on takes one wherever it can run: on CUDA, and with TRITON_INTERPRET=1 in Triton's interpreter on a CPU, where
+it is slow and only to be looked at. Otherwise plain torch runs on a CPU.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.words import nearest
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "PEFTSCAPE_KERNELS"
+SETTINGS = ("auto", "on", "off")
 #: How far, in doublings summed over lanes, size, tokens and width, a measurement speaks for other sizes.
 NEAR = 4.0
 #: What a kernel must gain: less is within the noise of a timing.
@@ -51,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table: seconds of forward and backward together."""
+    """One row of a table: seconds of forward and backward together."""
 
     device: str
     call: Call
@@ -59,30 +65,41 @@ class Measured:
     torch_s: float
 
 
-def choice(call: Call, device: torch.device) -> Choice:
-    """Kernel or plain torch.
+def possible(device: torch.device) -> bool:
+    """Whether any kernel may run on a device here and now: quick, for operations to ask before they look at sizes.
 
     Raises:
         ValueError: PEFTSCAPE_KERNELS is none of `auto`, `on` and `off`.
     """
-    setting = os.environ.get(VARIABLE, "auto")
-    if setting not in ("auto", "on", "off"):
-        raise ValueError(f'{VARIABLE}: no setting "{setting}"{nearest(setting, ("auto", "on", "off"))}')
-    if device.type != "cuda":
-        return _keep(call, Choice(False, f"no kernels on {device.type}"))
-    if setting == "off":
-        return _keep(call, Choice(False, f"{VARIABLE}=off"))
-    unable = _unable(device.index or 0)
-    if unable or setting == "on":
-        return _keep(call, Choice(not unable, unable or f"{VARIABLE}=on"))
-    return _keep(call, by_table(call, _name(device.index or 0), table()))
+    return _setting() != "off" and not _WITHOUT.get() and (device.type == "cuda" or _interpreted(device))
 
 
-def by_table(call: Call, device: str, rows: tuple[Measured, ...]) -> Choice:
+def choice(call: Call, device: torch.device) -> Choice:
+    """Kernel or plain torch. It is decided, once, for sizes rounded to powers of two.
+
+    Raises:
+        ValueError: PEFTSCAPE_KERNELS is none of `auto`, `on` and `off`.
+    """
+    if _WITHOUT.get():
+        return Choice(False, "second derivatives are taken")
+    setting = _setting()
+    sizes = (call.lanes, call.size, call.tokens, call.width)
+    key = (Call(call.op, call.dtype, *map(_power_of_two, sizes)), device, setting)
+    found = _CHOSEN.get(key)
+    if found is None:
+        found = _CHOSEN[key] = _decided(*key)
+    if found.kernel:
+        for ran in _NOTED.get():
+            ran.add(call.op)
+    return found
+
+
+def by_table(call: Call, device: str, rows: Sequence[Measured]) -> Choice:
     """What the nearest measurement of the operation on the device says."""
     mine = [r for r in rows if r.device == device and (r.call.op, r.call.dtype) == (call.op, call.dtype)]
     if not mine:
-        return Choice(False, f"{call.op} in {call.dtype} was never measured on {device}")
+        how = "benchmarks/kernels.py --save measures it"
+        return Choice(False, f"{call.op} in {call.dtype} was never measured on {device}; {how}")
     near = min(mine, key=lambda r: _distance(r.call, call))
     if _distance(near.call, call) > NEAR:
         return Choice(False, f"{call.op} was never measured on {device} at sizes like these")
@@ -92,26 +109,99 @@ def by_table(call: Call, device: str, rows: tuple[Measured, ...]) -> Choice:
 
 def decisions() -> list[dict[str, Any]]:
     """What was chosen since the process started, each kind of call once: its sizes, kernel or not, and why."""
-    return [asdict(call) | asdict(choice) for call, choice in _CHOSEN.items()]
+    return [asdict(call) | asdict(choice) for (call, _, _), choice in _CHOSEN.items()]
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Plain torch within, whatever the setting: kernels have no second derivatives."""
+    token = _WITHOUT.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT.reset(token)
+
+
+@contextmanager
+def noting(lanes: Sequence[set[str]]) -> Iterator[None]:
+    """Add the name of every operation that runs as a kernel within to these sets, one a lane."""
+    token = _NOTED.set(lanes)
+    try:
+        yield
+    finally:
+        _NOTED.reset(token)
 
 
 @functools.cache
 def table() -> tuple[Measured, ...]:
-    """What was measured, from the package."""
-    text = (resources.files("peftscape.spaces.ops") / "measured.json").read_text()
-    return tuple(
-        Measured(row["device"], Call(**row["call"]), row["kernel_s"], row["torch_s"])
-        for row in json.loads(text)["rows"]
-    )
+    """What was measured: on this machine, and for other devices from the package.
+
+    Raises:
+        ValueError: this machine's table cannot be read.
+    """
+    path = saved()
+    own = read(path.read_text(), str(path)) if path.is_file() else ()
+    measured = {row.device for row in own}
+    packaged = read((resources.files("peftscape.spaces.ops") / "measured.json").read_text(), "measured.json")
+    return (*own, *(row for row in packaged if row.device not in measured))
 
 
-_CHOSEN: dict[Call, Choice] = {}
+def read(text: str, where: str) -> tuple[Measured, ...]:
+    """The rows of a table.
+
+    Raises:
+        ValueError: it is none; `where` it is from.
+    """
+    try:
+        return tuple(
+            Measured(str(row["device"]), Call(**row["call"]), float(row["kernel_s"]), float(row["torch_s"]))
+            for row in json.loads(text)["rows"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where} is no table of measured kernels ({error!r}): remove it, or write it anew with "
+            "benchmarks/kernels.py --save"
+        ) from None
 
 
-def _keep(call: Call, choice: Choice) -> Choice:
-    if len(_CHOSEN) < 4096:
-        _CHOSEN[call] = choice
-    return choice
+def saved() -> Path:
+    """Where `benchmarks/kernels.py --save` writes this machine's table."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "peftscape" / "kernels.json"
+
+
+_CHOSEN: dict[tuple[Call, torch.device, str], Choice] = {}
+_NOTED: ContextVar[Sequence[set[str]]] = ContextVar("noted", default=())
+_WITHOUT: ContextVar[bool] = ContextVar("without", default=False)
+
+
+def _decided(call: Call, device: torch.device, setting: str) -> Choice:
+    if setting == "off":
+        return Choice(False, f"{VARIABLE}=off")
+    if _interpreted(device):
+        return Choice(True, f"{VARIABLE}=on, in Triton's interpreter")
+    if device.type != "cuda":
+        return Choice(False, f"no kernels on {device.type}")
+    unable = _unable(device.index or 0)
+    if unable or setting == "on":
+        return Choice(not unable, unable or f"{VARIABLE}=on")
+    return by_table(call, _name(device.index or 0), table())
+
+
+def _setting() -> str:
+    setting = os.environ.get(VARIABLE, "auto")
+    if setting not in SETTINGS:
+        raise ValueError(f'{VARIABLE}: no setting "{setting}"{nearest(setting, SETTINGS)}')
+    return setting
+
+
+def _interpreted(device: torch.device) -> bool:
+    return device.type == "cpu" and _setting() == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _power_of_two(size: int) -> int:
+    """The nearest one, by its logarithm."""
+    return 1 << round(math.log2(max(size, 1)))
 
 
 def _distance(a: Call, b: Call) -> float:

@@ -4,7 +4,7 @@ For every number of lane l, with its gradient norm |g[l]| over all its tensors a
     g <- g min(1, clip[l] / (|g[l]| + 1e-6))
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2      p <- p (1 - lr[l] decay[l])
     p <- p - lr[l] / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
-A lane whose norm is not finite stays as it is, step count included.
+A lane whose norm, or whose loss where it is given, is not finite stays as it is, step count included.
 
 Source: Loshchilov and Hutter 2017 (arXiv:1711.05101, alg. 2, as torch.optim.AdamW orders it); clipping is
 torch.nn.utils.clip_grad_norm_; a table of blocks over many tensors is apex's multi_tensor_apply.
@@ -19,7 +19,9 @@ that depends on a lane's own tensors alone.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from math import log
 
 import torch
@@ -38,7 +40,8 @@ Lanes = Sequence[Sequence[Tensor]]
 
 def adamw(params: Lanes, grads: Lanes, first: Lanes, second: Lanes, steps: Tensor, lr: Tensor, decay: Tensor,
           clip: Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-          masks: Sequence[Sequence[Tensor | None]] | None = None, rates: Tensor | None = None) -> Tensor:  # fmt: skip
+          masks: Sequence[Sequence[Tensor | None]] | None = None, rates: Tensor | None = None,
+          losses: Tensor | None = None) -> Tensor:  # fmt: skip
     """Change parameters, moments and step counts in place; the norm of every lane's gradient before clipping.
 
     Args:
@@ -47,44 +50,53 @@ def adamw(params: Lanes, grads: Lanes, first: Lanes, second: Lanes, steps: Tenso
         lr, decay, clip: lanes, float32, on the device.
         masks: by tensor, zero where a gradient is dropped.
         rates: of every tensor, lane after lane, its learning rate over its lane's (LoRA+); float32, on the device.
+        losses: lanes, float32; a lane whose loss is not finite stays as it is too.
     """
-    names = ("param", "grad", "first", "second")
     every = [[t for lane in lanes for t in lane] for lanes in (params, grads, first, second)]
     drop = [None] * len(every[0]) if masks is None else [t for lane in masks for t in lane]
     for t in [t for tensors in (*every, drop) for t in tensors if t is not None]:
         if t.dtype != torch.float32 or not t.is_contiguous():
             raise TypeError(f"adamw takes contiguous float32 tensors, not {t.dtype} with strides {t.stride()}")
-    counts = tuple(map(len, params))
-    sizes = tuple(t.numel() for t in every[0])
-    places = tuple(tuple(t.data_ptr() for t in tensors) for tensors in every)
-    places += (tuple(0 if t is None else t.data_ptr() for t in drop),)
+    counts, sizes = tuple(map(len, params)), tuple(t.numel() for t in every[0])
     device, lanes = steps.device, len(params)
-    c = table(("adamw", counts, sizes, places), device, lambda: _columns(counts, sizes, (*names, "mask"), places))
+    c = table(("adamw", counts, sizes), device, lambda: _blocks(counts, sizes))
+    place = {name: _addresses(tensors, device) for name, tensors in zip(NAMES, (*every, drop), strict=True)}
     blocks = len(c["tensor"])
     partial = torch.empty(blocks, dtype=torch.float32, device=device)
     norms, factors = (torch.empty(n, lanes, dtype=torch.float32, device=device) for n in (1, 3))
-    masked = any(places[-1])
-    tile.launch(_squares, (blocks,), partial, c["grad"], c["mask"], c["tensor"], c["start"], c["size"],
+    masked = any(t is not None for t in drop)
+    tile.launch(_squares, (blocks,), partial, place["grad"], place["mask"], c["tensor"], c["start"], c["size"],
                 MASKED=masked, BLOCK=BLOCK, num_warps=4)  # fmt: skip
-    tile.launch(_factors, (lanes,), partial, norms, factors, steps, lr, clip, c["from"], c["to"],
-                *map(log, betas), BLOCK=1024, num_warps=4)  # fmt: skip
+    tile.launch(_factors, (lanes,), partial, norms, factors, steps, lr, clip, lr if losses is None else losses,
+                c["from"], c["to"], *map(log, betas), JUDGED=losses is not None, BLOCK=1024, num_warps=4)  # fmt: skip
     rest = [1 - b for b in betas]
     tile.launch(
-        _update, (blocks,), factors, c["param"], c["grad"], c["first"], c["second"], c["mask"], c["tensor"], c["start"],
-        c["size"], c["lane"], lr, decay, lr if rates is None else rates, *betas, *rest, eps, lanes, MASKED=masked,
-        RATED=rates is not None, BLOCK=BLOCK, num_warps=4,
+        _update, (blocks,), factors, *place.values(), c["tensor"], c["start"], c["size"], c["lane"], lr, decay,
+        lr if rates is None else rates, *betas, *rest, eps, lanes, MASKED=masked, RATED=rates is not None,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return norms[0]
 
 
-def _columns(counts: Sequence[int], sizes: Sequence[int], names: Sequence[str],
-             places: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:  # fmt: skip
+#: In the order in which `_update` takes their addresses.
+NAMES = ("param", "grad", "first", "second", "mask")
+
+
+def _addresses(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Where tensors lie, zero for none. Gradients may lie elsewhere in every step, the others seldom do."""
+    places = tuple(0 if t is None else t.data_ptr() for t in tensors)
+    return table(("addresses", array("q", places).tobytes()), device, lambda: {"at": places})["at"]
+
+
+def _blocks(counts: Sequence[int], sizes: Sequence[int]) -> dict[str, Sequence[int]]:
     """Blocks of at most BLOCK numbers, lane after lane: which tensor and where in it; and each lane's blocks."""
     owner = [lane for lane, count in enumerate(counts) for _ in range(count)]
     blocks = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, BLOCK)]
-    ends = [sum(owner[i] <= lane for i, _ in blocks) for lane in range(len(counts))]
-    columns: dict[str, Sequence[int]] = dict(zip(names, places, strict=True))
-    return columns | {
+    in_lane = [0] * len(counts)
+    for lane, size in zip(owner, sizes, strict=True):
+        in_lane[lane] += -(-size // BLOCK)
+    ends = list(accumulate(in_lane))
+    return {
         "size": sizes, "lane": owner, "tensor": [i for i, _ in blocks], "start": [start for _, start in blocks],
         "from": [0, *ends[:-1]], "to": ends,
     }  # fmt: skip
@@ -94,7 +106,7 @@ LOOSE = {
     "do_not_specialize": ["lanes"],
     "do_not_specialize_on_alignment": [
         "param", "grad", "first", "second", "mask", "tensor", "start", "size", "lane", "from_", "to", "lr", "decay",
-        "rates", "clip", "steps", "norms", "factors",
+        "rates", "clip", "losses", "steps", "norms", "factors",
     ],
 }  # fmt: skip
 
@@ -120,7 +132,8 @@ def _squares(partial, grad, mask, tensor, start, size, MASKED: tl.constexpr, BLO
 
 
 @triton.jit(**LOOSE)
-def _factors(partial, norms, factors, steps, lr, clip, from_, to, log1, log2, BLOCK: tl.constexpr):
+def _factors(partial, norms, factors, steps, lr, clip, losses, from_, to, log1, log2, JUDGED: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
     """What one lane's gradient is scaled by, its step size and its second moment's correction. Grid: lanes."""
     lane, lanes = tl.program_id(0), tl.num_programs(0)
     last = tl.load(to + lane)
@@ -130,6 +143,8 @@ def _factors(partial, norms, factors, steps, lr, clip, from_, to, log1, log2, BL
         total += tl.load(partial + i, mask=i < last, other=0.0)
     norm = tl.sqrt(tl.sum(total, 0))
     finite = norm < float("inf")  # false for NaN too
+    if JUDGED:
+        finite = finite & (tl.abs(tl.load(losses + lane)) < float("inf"))
     taken = tl.load(steps + lane)
     t = taken + 1.0
     tl.store(norms + lane, norm)

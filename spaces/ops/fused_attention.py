@@ -69,17 +69,24 @@ class _Plan:
     lengths: Tensor | None
 
     def columns(self, device: torch.device) -> dict[str, Tensor]:
-        key = ("prefix", self.keys.addresses, self.keys.sizes, self.values.addresses, self.owner)
-        found = table(key, device, self._columns)
+        key = ("prefix", self.keys.addresses, self.keys.sizes, self.values.addresses)
+        found = table(key, device, self._prefixes)
+        # Which rows are whose changes with the batch, and is the same in all layers.
+        found = found | table(("rows", len(self.keys.sizes), self.owner), device, self._rows)
         return found if self.lengths is None else found | {"size": self.lengths}
 
-    def _columns(self) -> dict[str, Sequence[int]]:
+    def _prefixes(self) -> dict[str, Sequence[int]]:
+        return {
+            "keys": self.keys.addresses, "values": self.values.addresses, "size": self.keys.sizes,
+            "before": self.keys.starts,
+        }  # fmt: skip
+
+    def _rows(self) -> dict[str, Sequence[int]]:
         lanes = range(len(self.keys.sizes))
         rows = sorted((r for r, lane in enumerate(self.owner) if lane >= 0), key=lambda r: self.owner[r])
         count = [self.owner.count(lane) for lane in lanes]
         return {
-            "owner": self.owner, "keys": self.keys.addresses, "values": self.values.addresses, "size": self.keys.sizes,
-            "before": self.keys.starts, "rows": rows or [0], "count": count,
+            "owner": self.owner, "rows": rows or [0], "count": count,
             "first": [sum(count[:lane]) for lane in lanes],
         }  # fmt: skip
 

@@ -34,13 +34,9 @@ def stacked(own: Own, dtype: torch.dtype) -> Tensor:
     """The lanes' tensors under one leading dimension, zeros where one is smaller."""
     import torch
 
-    if isinstance(own, torch.Tensor):
-        return own.to(dtype)
-    largest = [max(sizes) for sizes in zip(*(t.shape for t in own), strict=True)]
-    grown = [
-        [n for size, most in zip(t.shape[::-1], largest[::-1], strict=True) for n in (0, most - size)] for t in own
-    ]
-    return torch.stack([torch.nn.functional.pad(t.to(dtype), pad) for t, pad in zip(own, grown, strict=True)])
+    from peftscape.spaces.ops.stack import stack
+
+    return own.to(dtype) if isinstance(own, torch.Tensor) else stack(own, dtype)
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, owner: Sequence[int], *,
@@ -80,7 +76,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 def adamw(params: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]], first: Sequence[Sequence[Tensor]],
           second: Sequence[Sequence[Tensor]], steps: Tensor, lr: Tensor, decay: Tensor, clip: Tensor, *,
           betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-          masks: Sequence[Sequence[Tensor | None]] | None = None, rates: Tensor | None = None) -> Tensor:  # fmt: skip
+          masks: Sequence[Sequence[Tensor | None]] | None = None, rates: Tensor | None = None,
+          losses: Tensor | None = None) -> Tensor:  # fmt: skip
     """One AdamW step of every lane, clipped by its own norm, in place; the norms (arXiv:1711.05101, alg. 2)."""
     import torch
 
@@ -93,7 +90,7 @@ def adamw(params: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]],
             norms.append(norm)
             rate = [1.0] * len(ps) if rates is None else rates[number : number + len(ps)].tolist()
             number += len(ps)
-            if not bool(torch.isfinite(norm)):
+            if not bool(torch.isfinite(norm)) or (losses is not None and not bool(torch.isfinite(losses[lane]))):
                 continue
             steps[lane] += 1
             scale, t = torch.clamp(clip[lane] / (norm + 1e-6), max=1.0), float(steps[lane])

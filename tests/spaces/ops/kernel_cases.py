@@ -62,7 +62,7 @@ def adamw(dtype: torch.dtype, full: bool) -> None:
 
     lanes = [[torch.zeros(3000), torch.zeros(5)], [torch.zeros(7)]]
     numbers = [torch.ones(2) for _ in range(4)]
-    adamw(lanes, lanes, lanes, lanes, *numbers, masks=[[None, torch.ones(5)], [None]])
+    adamw(lanes, lanes, lanes, lanes, *numbers, masks=[[None, torch.ones(5)], [None]], losses=torch.ones(2))
 
 
 def _backward(outputs: tuple[Tensor, ...]) -> None:

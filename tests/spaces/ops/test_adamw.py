@@ -90,6 +90,17 @@ def test_a_lane_whose_gradient_is_not_finite_stays_as_it_is_and_the_others_go_on
         assert all(torch.equal(p, q) for p, q in zip(lanes.params[i], alone.params[i], strict=True))
 
 
+@pytest.mark.parametrize("how", [adamw, reference.adamw])
+def test_a_lane_whose_loss_is_not_finite_stays_as_it_is_too(how: Callable[..., torch.Tensor]) -> None:
+    lanes = Lanes()
+    before = [p.clone() for p in lanes.params[1]]
+    losses = torch.tensor([1.0, -torch.inf, 0.0, torch.nan], device=DEVICE)
+    numbers = (lanes.steps, lanes.lr, lanes.decay, lanes.clip)
+    how(lanes.params, lanes.grads(), lanes.first, lanes.second, *numbers, losses=losses)
+    assert lanes.steps.tolist() == [1, 0, 1, 0]
+    assert all(torch.equal(p, b) for p, b in zip(lanes.params[1], before, strict=True))
+
+
 def test_a_masked_number_may_have_any_gradient() -> None:
     lanes, alone = Lanes(), Lanes()
     grads = lanes.grads()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +42,38 @@ def test_a_gain_within_the_noise_is_none() -> None:
     assert not by_table(CALL, "GPU", (replace(WINS, kernel_s=1.98e-3),)).kernel
 
 
-@pytest.mark.parametrize("setting", ["auto", "on", "off"])
-def test_on_a_cpu_torch_runs_whatever_the_setting(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_CHOSEN", {})
+    choose.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("setting", "interpreter", "kernel"),
+    [("auto", "1", False), ("on", "0", False), ("off", "1", False), ("on", "1", True)],
+)
+def test_on_a_cpu_torch_runs_unless_the_interpreter_is_asked_for(
+    setting: str, interpreter: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PEFTSCAPE_KERNELS", setting)
-    assert choose.choice(CALL, torch.device("cpu")) == Choice(False, "no kernels on cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreter)
+    device = torch.device("cpu")
+    assert choose.possible(device) is kernel
+    assert choose.choice(CALL, device).kernel is kernel
+    with choose.without_kernels():
+        assert not choose.possible(device)
+        assert not choose.choice(CALL, device).kernel
+
+
+def test_lanes_note_the_kernels_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    lanes: list[set[str]] = [set(), set()]
+    for setting, wanted in (("off", set()), ("on", {"low_rank"})):
+        monkeypatch.setenv("PEFTSCAPE_KERNELS", setting)
+        with choose.noting(lanes):
+            choose.choice(CALL, torch.device("cpu"))
+        choose.choice(replace(CALL, op="bottleneck"), torch.device("cpu"))
+        assert lanes == [wanted, wanted]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +93,7 @@ def test_on_cuda_the_setting_comes_before_the_table(
     monkeypatch.setattr(choose, "_unable", lambda index: unable)
     monkeypatch.setattr(choose, "_name", lambda index: "GPU")
     monkeypatch.setattr(choose, "table", lambda: (WINS,))
+    assert choose.possible(torch.device("cuda", 0)) is (setting != "off")
     found = choose.choice(CALL, torch.device("cuda", 0))
     assert found.kernel is kernel
     assert {"op": "low_rank", "kernel": kernel, "why": found.why}.items() <= choose.decisions()[-1].items()
@@ -74,7 +106,29 @@ def test_a_misspelt_setting_is_an_error_that_names_the_nearest(monkeypatch: pyte
 
 
 def test_the_packaged_table_is_readable() -> None:
-    assert all(row.kernel_s > 0 and row.torch_s > 0 for row in choose.table())
+    text = (resources.files("peftscape.spaces.ops") / "measured.json").read_text()
+    assert all(row.kernel_s > 0 and row.torch_s > 0 for row in choose.read(text, "measured.json"))
+
+
+def test_what_was_measured_here_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PEFTSCAPE_KERNELS", "auto")
+    monkeypatch.setattr(choose, "_unable", lambda index: "")
+    monkeypatch.setattr(choose, "_name", lambda index: "GPU")
+    gpu = torch.device("cuda", 0)
+    never = choose.choice(CALL, gpu)
+    assert not never.kernel
+    assert never.why.endswith("never measured on GPU; benchmarks/kernels.py --save measures it")
+    choose.saved().parent.mkdir()
+    choose.saved().write_text(json.dumps({"rows": [asdict(WINS), asdict(LOSES)]}))
+    choose.table.cache_clear()
+    choose._CHOSEN.clear()
+    assert choose.choice(CALL, gpu) == Choice(True, "measured on GPU: 2.00 times as fast as torch")
+    assert not choose.choice(replace(CALL, lanes=1), gpu).kernel
+    choose.saved().write_text('{"rows": [{"device": "GPU"}]}')
+    choose.table.cache_clear()
+    with pytest.raises(ValueError, match=r"kernels\.json is no table of measured kernels .*'call'.*: remove it"):
+        choose.table()
 
 
 def test_operations_import_neither_torch_nor_triton() -> None:
@@ -88,7 +142,7 @@ def test_operations_import_neither_torch_nor_triton() -> None:
 
 @pytest.fixture(params=["kernel", "torch"])
 def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "choice", lambda call, device: Choice(request.param == "kernel", "a test"))
+    monkeypatch.setenv("PEFTSCAPE_KERNELS", "on" if request.param == "kernel" else "off")
 
 
 @pytest.mark.usefixtures("_either")
@@ -147,7 +201,7 @@ def test_attention_takes_lists_and_stacks() -> None:
 
 
 def test_float64_and_scales_that_train_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "choice", lambda call, device: Choice(True, "a test"))
+    monkeypatch.setenv("PEFTSCAPE_KERNELS", "on")
     for module, name in (
         (fused_low_rank, "low_rank"),
         (fused_bottleneck, "bottleneck"),
