@@ -19,8 +19,12 @@ from peftscape.spaces.profiles import PROFILES
 from peftscape.spaces.shapes import shape
 from peftscape.spaces.sites import site_map
 
-#: litgpt's resource table, GB: Llama-2-7B, LoRA r 8 on q and v, 1,304 tokens, one A100 40 GB.
-LITGPT = {("bfloat16", 1): 21.30, ("bfloat16", 2): 29.07, ("nf4", 1): 14.14, ("nf4-dq", 1): 13.84}
+#: litgpt's resource table (tutorials/resource-tables.md), GB: LoRA r 8 on q and v, 1,304 tokens, one A100 40 GB.
+LITGPT = {
+    ("llama-2-7b", "bfloat16", 1): 21.30, ("llama-2-7b", "bfloat16", 2): 29.07, ("llama-2-7b", "nf4", 1): 14.14,
+    ("llama-2-7b", "nf4-dq", 1): 13.84, ("llama-2-13b", "bfloat16", 1): 38.12, ("llama-2-13b", "nf4", 1): 23.14,
+    ("llama-2-13b", "nf4-dq", 1): 22.55,
+}  # fmt: skip
 
 KINDS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
@@ -53,13 +57,12 @@ def peft_design(config: dict[str, Any] | None) -> Design | None:
 
 def litgpt_rows() -> Iterator[tuple[str, float, float]]:
     """(case, predicted, published) in bytes."""
-    sites = site_map(shape("llama-2-7b"))
     design = Design.from_json({"placements": [{"method": "lora"}]})
-    for (dtype, batch), published in LITGPT.items():
+    for (model, dtype, batch), published in LITGPT.items():
+        sites = site_map(shape(model))
         setting = Setting(batch=batch, length=1304, dtype=dtype)
         found = plan(design, sites, PROFILES["litgpt"], setting, tied=False).memory
-        assert found is not None
-        yield f"Llama-2-7B LoRA {dtype}, micro-batch {batch}", found.peak, published * 1e9
+        yield f"{model} LoRA {dtype}, micro-batch {batch}", found.peak, published * 1e9
 
 
 def peft_rows(folder: Path) -> Iterator[tuple[str, float | None, float, int, int | None]]:
@@ -82,7 +85,6 @@ def peft_rows(folder: Path) -> Iterator[tuple[str, float | None, float, int, int
             checkpointing=settings["use_gc"], dropout=(config or {}).get("lora_dropout"),
         )  # fmt: skip
         found = plan(design, sites, PROFILES["peft"], setting)
-        assert found.memory is not None
         yield name, found.memory.peak, published, trained, found.total
 
 

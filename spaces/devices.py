@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftscape.spaces.rates import read_rates
 from peftscape.spaces.words import InputError, nearest
 
 #: Set aside for the device's context, libraries' workspaces and what the allocator cannot reuse. A choice, not a
@@ -15,6 +16,10 @@ RESERVE_BYTES = 10**9
 #: middle one, the stated range the outer two.
 UTILISATION = (0.1, 0.3, 0.6)
 
+#: The fraction of a rate that was measured with large products: what is no product, and smaller ones, take the rest.
+#: Steps of 19 designs on two shapes reached 0.47 to 0.71 on a processor, two of them more (docs/planner.md).
+OF_MEASURED = (0.35, 0.6, 0.85)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -24,12 +29,19 @@ class Device:
         memory_bytes: decimal, as sold (80 GB = 80e9).
         flops: dense products in bfloat16 (float16 where there is no bfloat16), a second.
         bandwidth: bytes a second.
+        measured: the rates were measured on it, not taken from a data sheet.
     """
 
     name: str
     memory_bytes: int
     flops: float
     bandwidth: float
+    measured: bool = False
+
+    @property
+    def utilisation(self) -> tuple[float, float, float]:
+        """Which fractions of its rate training reaches: at worst, expected, at best."""
+        return OF_MEASURED if self.measured else UTILISATION
 
     @property
     def usable_bytes(self) -> int:
@@ -50,8 +62,22 @@ DEVICES = {
 }
 
 
-def device(name: str) -> Device:
-    """The device of that name. Raises InputError with the nearest one."""
+def device(name: str, dtype: str = "bfloat16") -> Device:
+    """The device of that name; `this` is the machine as `peftscape doctor` measured it.
+
+    Raises:
+        InputError: there is none, with the nearest one; or this machine was not measured yet.
+    """
+    if name.lower() == "this":
+        if (rates := read_rates()) is None:
+            raise InputError("device", ["this machine has not been measured: run peftscape doctor once"])
+        computed = dtype if dtype in rates.flops else "float32" if dtype == "float64" else "bfloat16"
+        return Device(
+            name=rates.device, memory_bytes=rates.memory_bytes, flops=rates.flops[computed],
+            bandwidth=rates.bandwidth, measured=True,
+        )  # fmt: skip
     if name.lower() not in DEVICES:
-        raise InputError("device", [f'no device "{name}"{nearest(name.lower(), DEVICES)}'])
+        several = [known for known in DEVICES if known.startswith(name.lower())]
+        hint = f". There are: {', '.join(several)}" if len(several) > 1 else nearest(name.lower(), [*DEVICES, "this"])
+        raise InputError("device", [f'no device "{name}"{hint}'])
     return DEVICES[name.lower()]

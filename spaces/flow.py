@@ -35,7 +35,7 @@ def kinds_at(design: Design, sites: SiteMap, layer: int) -> set[str]:
     here = [s for p in design.placements for s in p.where(sites) if s.layer == layer]
     norms = [s for s in sites.sites if s.kind == "norm" and s.layer == layer]
     ends = sites.norm_place == "post" and layer >= 0
-    return {"block" if ends and s == norms[-1] else s.kind for s in here}
+    return {"block" if ends and [s] == norms[-1:] else s.kind for s in here}
 
 
 def stage_of(sites: SiteMap, kinds: Iterable[str] | None) -> tuple[int, frozenset[str]]:

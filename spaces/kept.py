@@ -5,12 +5,14 @@ kept = backbone(lowest adapted site) + sum over placements of (inputs or outputs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.activations import activation_bytes
 from peftscape.spaces.flow import Attention, is_fused, kinds_at
 from peftscape.spaces.profiles import WIDTH, Profile
+from peftscape.spaces.two_stacks import Walk, is_two_stacks, tokens_at
 
 if TYPE_CHECKING:
     from peftscape.spaces.design import Design
@@ -31,16 +33,22 @@ class Kept:
         adapters: what methods read and make.
         copies: trained values once more, in the precision of the computation.
         held: not for the backward, but alive beside it: a cache of keys and values, weights that were made anew.
+        states: of `adapters` those of the backbone that a ladder reads, none of which has a gradient.
     """
 
     backbone: int
     adapters: int
     copies: int = 0
     held: int = 0
+    states: int = 0
 
     @property
     def total(self) -> int:
         return self.backbone + self.adapters + self.copies + self.held
+
+    def beyond(self, working: int) -> int:
+        """Of the bytes of a layer's widest step those that come on top; beside a ladder the layers went before."""
+        return max(0, self.states + working - self.total) if self.states else working
 
 
 def kept(
@@ -54,11 +62,13 @@ def kept(
     attention: Attention | None = None,
     checkpointing: bool = False,
     dropout: float | None = None,
+    target: int | None = None,
 ) -> Kept:
     """Bytes kept by one training step of a design alone.
 
     Args:
-        tokens: of each text, its padding included, virtual tokens not.
+        tokens: of each text, its padding included, virtual tokens not; of an encoder-decoder's source.
+        target: of an encoder-decoder's target; None for as many.
         dtype: of the backbone; quantised ones compute in bfloat16.
         attention: None for the profile's own.
         checkpointing: each layer's input alone is kept, and one layer is run again at a time (arXiv:1604.06174).
@@ -67,6 +77,11 @@ def kept(
     attention = attention or profile.attention
     length, width = tokens + design.prompt_length(), WIDTH[dtype]
     lowest = design.lowest_layer(sites)
+    if is_two_stacks(sites):
+        return _of_two_stacks(
+            design, sites, profile, source=length, target=target or tokens, batch=batch, dtype=dtype,
+            attention=attention, checkpointing=checkpointing, dropout=profile.dropout if dropout is None else dropout,
+        )  # fmt: skip
     at_lowest = kinds_at(design, sites, lowest)
     backbone = activation_bytes(
         sites, length, batch, lowest, width, kinds=at_lowest or None, full=design.full, attention=attention
@@ -74,11 +89,12 @@ def kept(
     if not design.full and profile.quantised_inputs and dtype in ("nf4", "nf4-dq", "int8") and lowest < sites.layers:
         backbone += batch * length * width * (sites.layers - max(lowest, 0)) * _linear_inputs(sites, attention)
     adapters = _adapters(
-        design, sites, profile, length=length, batch=batch, width=width, dtype=dtype, attention=attention,
-        dropout=profile.dropout if dropout is None else dropout,
+        design, sites, profile, at=lambda _: length,
+        has_kept=lambda site: site.kind == "o" and is_fused(sites, attention), batch=batch, width=width,
+        dtype=dtype, attention=attention, dropout=profile.dropout if dropout is None else dropout,
     )  # fmt: skip
     copies = width * _copied(design, sites, profile, lowest)
-    held = (profile.whole_copies * sites.parameters * width - copies) if design.full and profile.whole_copies else 0
+    held = _whole(design, sites, profile, width) - copies if design.full and profile.whole_copies else 0
     if checkpointing and lowest < sites.layers:
         first = -1 if profile.checkpoints_from_input or design.full else lowest
         layers = sites.layers - max(first, 0)
@@ -89,22 +105,36 @@ def kept(
     if profile.cache and sites.causal and not checkpointing:
         prefix = sum(_prefix(p.method) for p in design.placements)
         held += sites.layers * batch * (length + prefix) * 2 * sites.d_kv * width
+    ladders = [(p.method, site) for p in design.placements for site in p.where(sites) if site.kind == "ladder"]
+    states = sum(batch * length * site.d_in * width * len(method.rungs(site)) for method, site in ladders)
     passes = design.passes
-    return Kept(backbone=passes * backbone, adapters=passes * adapters, copies=passes * copies, held=held)
+    return Kept(
+        backbone=passes * backbone, adapters=passes * adapters, copies=passes * copies, held=held, states=states
+    )  # fmt: skip
+
+
+def _whole(design: Design, sites: SiteMap, profile: Profile, width: int) -> int:
+    """Bytes of the whole weights made anew; a change in the computation's precision need not be cast."""
+    return (profile.whole_copies - (width == 4)) * sites.parameters * width
 
 
 def _adapters(
-    design: Design, sites: SiteMap, profile: Profile, *, length: int, batch: int, width: int, dtype: str,
-    attention: Attention, dropout: float,
+    design: Design, sites: SiteMap, profile: Profile, *, at: Callable[[Site], int], has_kept: Callable[[Site], bool],
+    batch: int, width: int, dtype: str, attention: Attention, dropout: float,
 ) -> int:  # fmt: skip
-    """Bytes that methods keep. A tensor of the backbone's is counted once for each tensor there is."""
+    """Bytes that methods keep. A tensor of the backbone's is counted once for each tensor there is.
+
+    Args:
+        at: how many tokens a site sees.
+        has_kept: whether the backbone keeps what a site reads anyway.
+    """
     own = max(width, profile.trained_width(dtype, full=False)) if profile.casts_inputs else width
     total = 0
     seen: set[tuple[object, ...]] = set()
     fused_width = _fused_widths(sites)
     for placement in design.placements:
         for site in placement.where(sites):
-            method = placement.method
+            method, length = placement.method, at(site)
             total += batch * placement.saved_floats(site, length) * own
             total += batch * _prefix_bytes(method, site, sites, length, width, attention)
             for which in placement.keeps(site):
@@ -113,18 +143,50 @@ def _adapters(
                 ):  # each change of a site's output makes a new tensor, of all of a fused linear's columns
                     total += batch * length * fused_width.get((site.layer, site.path), site.d_out) * width
                     continue
-                role = READS.get(site.kind, site.kind)
                 dropped = dropout > 0 and method.size_knob == "rank"
                 alone = (profile.casts_inputs and own > width) or (dropped and not profile.shared_dropout)
-                shared = (site.layer, role if role in ("in", "mid") else site.path)
-                key: tuple[object, ...] = (site.layer, site.path, site.kind, method.name) if alone else shared
+                key = (site.layer, site.path, site.kind, method.name) if alone else _what_it_reads(site)
                 if key in seen:
                     continue
                 seen.add(key)
-                if site.kind == "o" and is_fused(sites, attention) and not dropped and not alone:
+                if has_kept(site) and not dropped and not alone:
                     continue
                 total += batch * length * site.d_in * (own + dropped)
     return total
+
+
+def _what_it_reads(site: Site) -> tuple[object, ...]:
+    """The tensor that a site reads: q, k and v read one, gate and up one, all of cross-attention the encoder's."""
+    if site.stack == "cross" and site.kind in ("k", "v"):
+        return ("encoder",)
+    return (site.layer, site.stack, READS[site.kind]) if site.kind in READS else (site.layer, site.path)
+
+
+def _of_two_stacks(
+    design: Design, sites: SiteMap, profile: Profile, *, source: int, target: int, batch: int, dtype: str,
+    attention: Attention, checkpointing: bool, dropout: float,
+) -> Kept:  # fmt: skip
+    """`kept` of an encoder-decoder."""
+    width = WIDTH[dtype]
+    walk = Walk(
+        design, sites, source, target, width, fused=attention not in ("eager", "lanes"),
+        cache=profile.cache and not checkpointing,
+    )  # fmt: skip
+    adapters = _adapters(
+        design, sites, profile, at=lambda site: tokens_at(site, source, target), has_kept=walk.has_kept,
+        batch=batch, width=width, dtype=dtype, attention=attention, dropout=dropout,
+    )  # fmt: skip
+    backbone = batch * walk.kept + walk.once
+    if checkpointing and backbone:
+        inputs = batch * sites.d_model * width * sum(
+            tokens_at(s, source, target) for s in sites.sites if s.kind == "up"
+        )  # fmt: skip
+        backbone, adapters = inputs + backbone // sites.layers, adapters // sites.layers
+    copies = width * _copied(design, sites, profile, 0)
+    held = batch * walk.held
+    held += _whole(design, sites, profile, width) - copies if design.full and profile.whole_copies else 0
+    passes = design.passes
+    return Kept(backbone=passes * backbone, adapters=passes * adapters, copies=passes * copies, held=held)
 
 
 def _prefix(method: Method) -> int:

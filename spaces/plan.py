@@ -8,15 +8,16 @@ Every term is a closed form of `cost.py`, `activations.py` and `kept.py`, or sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftscape.spaces.cost import WEIGHT_BYTES, forward_flops, model_bytes, working_bytes
+from peftscape.spaces.cost import WEIGHT_BYTES, model_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, stored_tensors
 from peftscape.spaces.flow import Attention
 from peftscape.spaces.kept import kept
-from peftscape.spaces.price import adapter_size, extra_flops, head_flops, head_size, optimised_size, train_flops
+from peftscape.spaces.price import adapter_size, head_flops, head_size, infer_flops, optimised_size, train_flops
 from peftscape.spaces.profiles import WIDTH, Profile
+from peftscape.spaces.two_stacks import is_two_stacks
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Setting:
 
     Args:
         batch, length: texts a step, and tokens of the longest, to which the others are padded.
+        target: tokens of an encoder-decoder's longest target; None for `length`.
         dtype: of the frozen weights, one of `WEIGHT_BYTES`.
         attention: None for the profile's own.
         checkpointing: layers are run again in the backward.
@@ -46,6 +48,7 @@ class Setting:
 
     batch: int = 8
     length: int = 512
+    target: int | None = None
     dtype: str = "bfloat16"
     attention: Attention | None = None
     checkpointing: bool = False
@@ -114,9 +117,9 @@ class Plan:
     Args:
         backbone: parameters, a language-model head included where it is used.
         frozen_bytes: of the backbone by precision.
-        memory: None for encoder-decoders, of which the activations are not known.
         infer_extra_flops, infer_extra_bytes: a token's, where the change stays beside the weights.
         mixed_precision_bytes: model states of full fine-tuning at 16 bytes a parameter.
+        two_stacks: an encoder-decoder, whose FLOPs are for a token of the source.
     """
 
     model: str
@@ -128,14 +131,14 @@ class Plan:
     head: int
     adapter_bytes: int
     frozen_bytes: Mapping[str, int]
-    memory: Memory | None
+    memory: Memory
     forward_flops: float
     train_flops: float
     step_flops: float
     infer_extra_flops: float
     infer_extra_bytes: int
     mixed_precision_bytes: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    two_stacks: bool = False
 
     @property
     def total(self) -> int:
@@ -145,60 +148,54 @@ class Plan:
     def json(self) -> dict[str, Any]:
         """All of it for JSON, with the sums."""
         out = asdict(self) | {"trainable": self.total, "trainable_percent": 100 * self.total / self.backbone}
-        if self.memory is not None:
-            of = self.memory
-            out["memory"] |= {"states": of.states, "kept": of.kept, "parts": of.parts()}
+        out["memory"] |= {"states": self.memory.states, "kept": self.memory.kept, "parts": self.memory.parts()}
         return out
 
 
 def plan(
-    design: Design, sites: SiteMap, profile: Profile, setting: Setting, *, model: str = "", tied: bool = True,
-    counts_only: str | None = None,
+    design: Design, sites: SiteMap, profile: Profile, setting: Setting, *, model: str = "", tied: bool = True
 ) -> Plan:  # fmt: skip
     """The plan of a design.
 
     Args:
         tied: whether a language-model head shares the embedding's weights.
-        counts_only: why FLOPs and activations are left out, if they are.
 
     Raises:
         InputError: the design does not fit the model, or the setting is impossible.
     """
     if errors := [*_wrong(setting), *design.check(sites)]:
         raise InputError("plan", errors)
-    objective = setting.objective or (profile.objective if sites.causal else "class")
-    if objective == "lm" and not (sites.causal or counts_only):
+    two = is_two_stacks(sites)
+    objective = setting.objective or ("lm" if two else profile.objective if sites.causal else "class")
+    if objective == "lm" and not (sites.causal or two):
         raise InputError("plan", [f"objective: {sites.family} is no causal model, it has no next token to learn"])
+    if setting.target is not None and not two:
+        raise InputError("plan", [f"target: {sites.family} has one stack, with no target apart from its text"])
     output_head = 0 if tied or objective != "lm" else sites.vocab * sites.d_model
-    head: Literal["class", "mean"] | None = None if objective == "lm" or counts_only else objective
+    head: Literal["class", "mean"] | None = None if objective == "lm" else objective
     try:
         on_head = head_size(sites, setting.outputs, head) if head else 0
     except ValueError as error:
         raise InputError("plan", [str(error)]) from None
     adapter, full = adapter_size(design, sites), design.full
     adapter += output_head if full else 0
-    notes = [counts_only] if counts_only else []
     frozen = {dtype: _weights(sites, dtype, output_head, profile) for dtype in WEIGHT_BYTES}
     file = file_bytes(stored_tensors(design, sites, setting.outputs, head))
     parameters = sites.parameters + output_head
-    memory, flops = None, (0.0, 0.0, 0.0)
-    extra = (0.0, 0)
-    if counts_only is None:
-        memory = _memory(design, sites, profile, setting, objective, output_head, on_head)
-        flops = _flops(design, sites, setting, objective, on_head)
-        unmerged = extra_flops(design, sites, setting.length)[2] / setting.length
-        beside = [p for p in design.placements if not p.merges]
-        deployed = sum(t.size for p in beside for _, _, _, t in p.tensors(sites) if t.deployed)
-        extra = (unmerged, deployed * WIDTH[setting.dtype])
-    if any(p.method.prompt_length() for p in design.placements) and counts_only is None:
-        longer = setting.length + design.prompt_length()
-        grown = forward_flops(sites, longer) - forward_flops(sites, setting.length)
-        extra = (extra[0] + grown / setting.length, extra[1])
+    memory = _memory(design, sites, profile, setting, objective, output_head, on_head)
+    flops = _flops(design, sites, profile, setting, objective, on_head)
+    longer = setting.length + design.prompt_length()
+    target = setting.target or setting.length
+    adapted = infer_flops(design, sites, longer, target=target)
+    bare = infer_flops(type(design)(), sites, setting.length, target=target)
+    beside = [p for p in design.placements if not p.merges]
+    deployed = sum(t.size for p in beside for _, _, _, t in p.tensors(sites) if t.deployed)
     return Plan(
         model=model, design=design.label, profile=profile.name, setting=setting, backbone=parameters, adapter=adapter,
         head=on_head, adapter_bytes=file, frozen_bytes=frozen, memory=memory, forward_flops=flops[0],
-        train_flops=flops[1], step_flops=flops[2], infer_extra_flops=extra[0], infer_extra_bytes=extra[1],
-        mixed_precision_bytes=MIXED_PRECISION * parameters if full else None, notes=tuple(notes),
+        train_flops=flops[1], step_flops=flops[2], infer_extra_flops=(adapted - bare) / setting.length,
+        infer_extra_bytes=deployed * WIDTH[setting.dtype],
+        mixed_precision_bytes=MIXED_PRECISION * parameters if full else None, two_stacks=two,
     )  # fmt: skip
 
 
@@ -216,14 +213,24 @@ def _memory(
     held = kept(
         design, sites, profile, tokens=setting.length, batch=setting.batch, dtype=setting.dtype,
         attention=setting.attention, checkpointing=setting.checkpointing, dropout=setting.dropout,
+        target=setting.target,
     )  # fmt: skip
     length = setting.length + design.prompt_length()
-    a_logit = max(profile.logit_bytes(setting.dtype)) if objective == "lm" else 0
-    logits = a_logit * setting.batch * length * sites.vocab
-    working = working_bytes(sites, length, setting.batch, width, attention=setting.attention or profile.attention)
+    predicted = (setting.target or setting.length) if is_two_stacks(sites) else length
+    # The loss of transformers' encoder-decoders stays in the logits' precision: with them live the log-softmax and
+    # two gradients (models/t5/modeling_t5.py, CrossEntropyLoss).
+    whole = is_two_stacks(sites) and profile.loss_bytes is None
+    a_logit = 4 * width if whole else max(profile.logit_bytes(setting.dtype))
+    count = setting.batch * predicted * sites.vocab if objective == "lm" else 0
+    logits = min(a_logit * count, profile.loss_bytes or a_logit * count)
+    working = working_bytes(
+        sites, max(length, predicted), setting.batch, width, attention=setting.attention or profile.attention
+    )
+    working = held.beyond(working)
     # The training loop still holds the model's output while the backward runs.
-    outputs = width * setting.batch * length * sites.vocab if objective == "lm" else 0
+    outputs = (4 if profile.float_outputs else width) * count if profile.loss_bytes is None else 0
     if setting.dtype in ("int8", "nf4", "nf4-dq"):  # a quantised weight is restored whole for its product
+        logits += width * output_head if profile.quantised_inputs else 0
         working += width * max(s.d_in * s.d_out for s in sites.sites if s.kind in ("up", "down", "o"))
     step = profile.step_copies * optimised * of_trained
     base = weights + trained + optimiser
@@ -243,14 +250,16 @@ def _memory(
 
 
 def _flops(
-    design: Design, sites: SiteMap, setting: Setting, objective: Objective, on_head: int
+    design: Design, sites: SiteMap, profile: Profile, setting: Setting, objective: Objective, on_head: int
 ) -> tuple[float, float, float]:
-    """A token's forward, its forward and backward, and a step's."""
+    """A token's forward, its forward and backward, and a step's; of an encoder-decoder a token of the source."""
     length = setting.length + design.prompt_length()
-    eager = setting.attention in (None, "eager", "lanes")
-    forward, backward = train_flops(design, sites, length, batch=setting.batch, attention="lanes" if eager else "fused")
+    target = setting.target or setting.length
+    forward, backward = train_flops(
+        design, sites, length, batch=setting.batch, attention=setting.attention or profile.attention, target=target
+    )
     if objective == "lm":
-        product = 2 * length * sites.vocab * sites.d_model
+        product = 2 * (target if is_two_stacks(sites) else length) * sites.vocab * sites.d_model
         forward += product
         backward += product * (2 if design.full else 1 if design.lowest_layer(sites) < sites.layers else 0)
     else:
@@ -268,11 +277,8 @@ def _weights(sites: SiteMap, dtype: str, output_head: int, profile: Profile) -> 
 
 
 def _wrong(setting: Setting) -> list[str]:
-    errors = [
-        f"{name}: {value} is not at least 1"
-        for name, value in (("batch", setting.batch), ("length", setting.length), ("outputs", setting.outputs))
-        if value < 1
-    ]
+    sizes = {name: getattr(setting, name) for name in ("batch", "length", "target", "outputs")}
+    errors = [f"{name}: {size} is not at least 1" for name, size in sizes.items() if size is not None and size < 1]
     if setting.dropout is not None and not 0 <= setting.dropout < 1:
         errors.append(f"dropout: {setting.dropout} is not from 0 to below 1")
     return errors

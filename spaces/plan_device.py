@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftscape.spaces.devices import UTILISATION, Device
+from peftscape.spaces.devices import Device
 from peftscape.spaces.plan import Memory, Plan
 
 #: Lengths of batches that are tried, at most.
@@ -24,7 +24,8 @@ class Fit:
         devices: the smallest number under plain sharding: weights, gradients and moments in equal parts
             (ZeRO-3, arXiv:1910.02054), activations of a batch of this size on each; None where these do not fit.
         state_devices: the smallest number whose memory holds the model states alone.
-        step_s: expected, at `UTILISATION`'s middle; `fastest_s` and `slowest_s` its ends.
+        step_s: expected, at the middle of `Device.utilisation`; `fastest_s` and `slowest_s` at its ends.
+        measured: the device's rates were measured on it.
         infer_extra_s: what a token of inference takes longer unmerged, by memory traffic or products.
     """
 
@@ -40,28 +41,26 @@ class Fit:
     fastest_s: float
     slowest_s: float
     infer_extra_s: float
+    measured: bool = False
 
     def json(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def fit(at: Callable[[int], Plan], batch: int, device: Device) -> Fit | None:
-    """The plan of a batch size on a device; None where no memory is known.
+def fit(at: Callable[[int], Plan], batch: int, device: Device) -> Fit:
+    """The plan of a batch size on a device.
 
     Args:
         at: the plan for a batch size.
     """
     found = at(batch)
     memory = found.memory
-    if memory is None:
-        return None
 
     def fits(size: int) -> bool:
-        of = at(size).memory
-        return of is not None and of.peak <= device.usable_bytes
+        return at(size).memory.peak <= device.usable_bytes
 
-    slow, middle, fast = (_seconds(found, device, rate) for rate in UTILISATION)
+    slow, middle, fast = (_seconds(found, device, rate) for rate in device.utilisation)
     states = found.mixed_precision_bytes or memory.states
     around = memory.kept + memory.held + max(memory.logits, memory.working + memory.outputs)
     room = device.usable_bytes - around
@@ -78,13 +77,13 @@ def fit(at: Callable[[int], Plan], batch: int, device: Device) -> Fit | None:
         fastest_s=fast,
         slowest_s=slow,
         infer_extra_s=max(found.infer_extra_bytes / device.bandwidth, found.infer_extra_flops / device.flops),
+        measured=device.measured,
     )
 
 
 def _seconds(found: Plan, device: Device, utilisation: float) -> float:
     """Products at a fraction of the peak, but never faster than the weights can be read, forward and backward."""
-    memory = found.memory
-    weights = memory.weights + memory.trained if memory is not None else 0
+    weights = found.memory.weights + found.memory.trained
     return max(found.step_flops / (device.flops * utilisation), 2 * weights / device.bandwidth)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,29 @@ from peftscape.spaces.methods import methods
 from peftscape.spaces.presets import preset_names, textbook
 from peftscape.spaces.shapes import ALIASES, shape, shape_names
 from peftscape.spaces.sites import SiteError, SiteMap, read_config, site_map
-from peftscape.spaces.t5 import MISSING, t5
-from peftscape.spaces.words import InputError, nearest
+from peftscape.spaces.words import InputError, nearest, unique
+
+DESIGN_BYTES = 2**24
 
 #: Families whose language-model head shares the embedding's weights unless their configuration says otherwise
 #: (tie_word_embeddings in transformers' configuration classes).
-TIED = frozenset({"gpt2", "gemma", "gemma2", "gemma3_text", "falcon", "bert", "roberta", "t5", "electra", "distilbert"})
+TIED = frozenset(
+    {
+        "gpt2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "falcon",
+        "bert",
+        "roberta",
+        "t5",
+        "mt5",
+        "bart",
+        "mbart",
+        "electra",
+        "distilbert",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +45,11 @@ class Model:
 
     Args:
         tied: whether a language-model head shares the embedding's weights.
-        counts_only: why only counts are known, if so.
     """
 
     name: str
     sites: SiteMap
     tied: bool
-    counts_only: str | None = None
 
 
 def read_model(source: str) -> Model:
@@ -59,8 +73,6 @@ def read_model(source: str) -> Model:
     family = str(config.get("model_type"))
     tied = config.get("tie_word_embeddings")
     tied = family in TIED if tied is None else bool(tied)
-    if family == "t5":
-        return Model(name=source, sites=t5(config), tied=True, counts_only=MISSING)
     if family == "falcon":  # for plans alone: a search does not know its attention
         return Model(name=source, sites=assemble(falcon(config)), tied=tied)
     return Model(name=source, sites=site_map(config), tied=tied)
@@ -75,19 +87,15 @@ def read_design(source: str) -> Design | str:
         InputError: it is none of these; with the nearest name.
     """
     if source.lstrip().startswith("{"):
-        try:
-            return Design.from_json(_design_of(json.loads(source)), where="--design")
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError("--design", [f"not JSON: {error}"]) from None
+        return _parse(source, "design")
     path = Path(source).expanduser()
     if path.is_file():
+        if path.stat().st_size > DESIGN_BYTES:
+            raise InputError(path.name, [f"larger than the {DESIGN_BYTES:,} bytes that are read"])
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return _parse(path.read_text(encoding="utf-8"), path.name)
+        except UnicodeDecodeError as error:
             raise InputError(path.name, [f"not JSON: {error}"]) from None
-        return Design.from_json(_design_of(value), where=path.name)
     if source.startswith("space:"):
         source = source.removeprefix("space:")
         if source not in preset_names():
@@ -103,6 +111,10 @@ def read_design(source: str) -> Design | str:
     raise InputError("design", [f'"{source}" is no file, no JSON and no name{nearest(source, known)}'])
 
 
-def _design_of(value: Any) -> Any:
-    """The design in an adapter's design.json, or the value itself."""
-    return value["design"] if isinstance(value, Mapping) and "design" in value else value
+def _parse(text: str, where: str) -> Design:
+    """A design from JSON, or from an adapter's design.json, which has it as a part."""
+    try:
+        value: Any = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(where, [f"not JSON: {error}"]) from None
+    return Design.from_json(value["design"] if isinstance(value, dict) and "design" in value else value, where=where)

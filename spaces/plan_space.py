@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.devices import UTILISATION, Device
+from peftscape.spaces.devices import Device
 from peftscape.spaces.plan import Plan, Setting, plan
 from peftscape.spaces.words import InputError
 
@@ -102,7 +102,7 @@ def spread(
     names: dict[str, Sequence[float]] = {
         "trainable": [p.total for p in plans],
         "adapter_bytes": [p.adapter_bytes for p in plans],
-        "peak_bytes": [p.memory.peak for p in plans if p.memory],
+        "peak_bytes": [p.memory.peak for p in plans],
         "train_flops": [p.train_flops for p in plans],
         "infer_extra_flops": [p.infer_extra_flops for p in plans],
     }
@@ -111,11 +111,9 @@ def spread(
         excluded["parameters"] = sum(p.total > limit for p in plans) / len(plans)
     seconds = None
     if device is not None:
-        excluded["memory"] = sum(p.memory is not None and p.memory.peak > device.usable_bytes for p in plans) / len(
-            plans
-        )
+        excluded["memory"] = sum(p.memory.peak > device.usable_bytes for p in plans) / len(plans)
         mean = sum(p.step_flops for p in plans) / len(plans)
-        fast, middle, slow = (trials * steps * mean / (device.flops * u) for u in reversed(UTILISATION))
+        fast, middle, slow = (trials * steps * mean / (device.flops * u) for u in reversed(device.utilisation))
         seconds = (fast, middle, slow)
     order = sorted(plans, key=lambda p: p.total)
     return Spread(

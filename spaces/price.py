@@ -14,6 +14,8 @@ from peftscape.spaces.flow import STAGES, Attention, kinds_at
 from peftscape.spaces.kept import kept
 from peftscape.spaces.profiles import PROFILES, WIDTH
 from peftscape.spaces.record import Costs
+from peftscape.spaces.sites import LINEARS
+from peftscape.spaces.two_stacks import Walk, is_two_stacks, tokens_at
 
 if TYPE_CHECKING:
     from peftscape.spaces.design import Design
@@ -21,9 +23,12 @@ if TYPE_CHECKING:
 
 # A trained value in float32 with its gradient and AdamW's two moments (reference: 16 bytes, arXiv:1910.02054).
 TRAINED_BYTES = 16
+# Logits of a chunk of tokens, of which a language model's loss is computed: with 50,000 words 335 tokens. Each is held
+# as it comes, in float32, and with its gradient.
+LM_CHUNK, LM_CHUNK_BYTES = 1 << 24, 12
 
 
-def head_size(sites: SiteMap, outputs: int, head: Literal["class", "mean"]) -> int:
+def head_size(sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"]) -> int:
     """Trained parameters of the head.
 
     Raises:
@@ -70,25 +75,72 @@ def extra_flops(design: Design, sites: SiteMap, length: int) -> tuple[int, int, 
             if no_input and fixed:  # nothing before the second product has a gradient
                 backward += flops - fixed
             else:
-                backward += 2 * flops - fixed - (flops // 2 if no_input else 0)
+                backward += 2 * flops - fixed - (placement.first_flops(site, length) if no_input else 0)
     return forward, backward, unmerged
 
 
 def train_flops(
-    design: Design, sites: SiteMap, length: int, *, batch: int = 1, attention: Attention = "lanes"
-) -> tuple[int, int]:
-    """FLOPs of one sequence's (forward, backward), the head left out; `length` counts virtual tokens."""
+    design: Design, sites: SiteMap, length: int, *, batch: int = 1, attention: Attention = "lanes",
+    target: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """FLOPs of one sequence's (forward, backward), the head left out; `length` counts virtual tokens.
+
+    Args:
+        target: tokens of an encoder-decoder's target; None for as many.
+    """
+    if is_two_stacks(sites):
+        forward, backward = _of_two_stacks(design, sites, length, target or length, attention)
+        return design.passes * forward, design.passes * backward
     lowest = design.lowest_layer(sites)
     kinds = kinds_at(design, sites, lowest) or None
     forward, backward, _ = extra_flops(design, sites, length)
     forward += forward_flops(sites, length, batch=batch)
     backward += backward_flops(sites, length, lowest, kinds=kinds, batch=batch, full=design.full, attention=attention)
+    backward += _through_lowest(design, sites, length)
     return design.passes * forward, design.passes * backward
+
+
+def _through_lowest(design: Design, sites: SiteMap, length: int) -> int:
+    """FLOPs of gradients through the lowest adapted linears, which what changes their input needs; whole fused ones."""
+    lowest = design.lowest_layer(sites)
+    places = [(p, s) for p in design.placements for s in p.where(sites) if s.layer == lowest]
+    bottom = min((STAGES.get(s.kind, -1) for _, s in places), default=-1)
+    paths = {s.path for p, s in places if STAGES.get(s.kind, -1) == bottom >= 0 and p.method.side(s) != "output"}
+    return sum(2 * length * s.d_in * s.d_out for s in sites.sites if s.kind in LINEARS and s.path in paths)
+
+
+def _of_two_stacks(design: Design, sites: SiteMap, source: int, target: int, attention: Attention) -> tuple[int, int]:
+    """`train_flops` of an encoder-decoder."""
+    walk = Walk(design, sites, source, target, 4, fused=attention not in ("eager", "lanes"))
+    forward, backward = walk.forward, walk.backward
+    for placement in design.placements:
+        for site in placement.where(sites):
+            flops = placement.flops(site, tokens_at(site, source, target))
+            fixed = placement.method.fixed_flops(site, tokens_at(site, source, target))
+            needed = walk.has_input_gradient(site, placement.keeps(site))
+            forward += flops
+            if fixed and not needed:
+                backward += flops - fixed
+            else:
+                first = placement.first_flops(site, tokens_at(site, source, target))
+                backward += 2 * flops - fixed - (0 if needed else first)
+    return forward, backward
+
+
+def infer_flops(design: Design, sites: SiteMap, length: int, *, target: int | None = None) -> int:
+    """FLOPs of one sequence's forward, the head left out, with what merges merged; arguments as `train_flops`."""
+    if not is_two_stacks(sites):
+        return forward_flops(sites, length) + extra_flops(design, sites, length)[2]
+    target = target or length
+    beside = [(p, site) for p in design.placements if not p.merges for site in p.where(sites)]
+    walk = Walk(design, sites, length, target, 4)
+    return walk.forward + sum(p.flops(site, tokens_at(site, length, target)) for p, site in beside)
 
 
 def head_flops(design: Design, sites: SiteMap, size: int) -> tuple[int, int]:
     """FLOPs of one example's head: (forward, forward and backward); frozen states below it need no gradient."""
-    return 2 * size, (4 if design.lowest_layer(sites) >= sites.layers else 6) * size
+    trained = any(True for p in design.placements for _ in p.tensors(sites))
+    return 2 * size, (6 if trained else 4) * size
 
 
 def costs(
@@ -98,34 +150,38 @@ def costs(
     outputs: int,
     tokens: int,
     batch: int,
-    head: Literal["class", "mean"] = "class",
+    head: Literal["class", "mean", "lm"] = "class",
     dtype: str = "float32",
+    target: int | None = None,
 ) -> Costs:
     """All costs of a design alone, as peftscape trains it.
 
     Args:
-        outputs: of the head.
+        outputs: of the head. A language model's own (`lm`) has no parameters, and predicts every token.
         tokens: of a typical text; FLOPs are for one example of it, peak bytes for `batch` of them.
         dtype: of the frozen backbone and its activations; trained values are float32.
+        target: tokens of an encoder-decoder's target; None for as many.
     """
     length = tokens + design.prompt_length()
     on_head, adapter = head_size(sites, outputs, head), adapter_size(design, sites)
-    forward, backward = train_flops(design, sites, length)
-    held = kept(design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype)
-    peak = (
-        model_bytes(sites, dtype)
-        + TRAINED_BYTES * (optimised_size(design, sites) + on_head)
-        + held.total
-        + working_bytes(sites, length, batch, WIDTH[dtype])
+    forward, backward = train_flops(design, sites, length, target=target)
+    held = kept(design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype, target=target)
+    words = 2 * (target or tokens) * sites.d_model * sites.vocab if head == "lm" else 0
+    states = TRAINED_BYTES * (optimised_size(design, sites) + on_head)
+    working = max(
+        held.beyond(working_bytes(sites, length, batch, WIDTH[dtype])),
+        LM_CHUNK_BYTES * min(LM_CHUNK, batch * tokens * sites.vocab) if words else 0,
     )
+    height = held.total + working
+    if design.full:  # its gradients come as what was kept goes
+        height = max(height - states // 4, 0)
+    peak = model_bytes(sites, dtype) + states + height
     return Costs(
         adapter=adapter,
         head=on_head,
         trainable=adapter + on_head,
-        train_flops=forward + backward + design.passes * head_flops(design, sites, on_head)[1],
-        infer_flops=forward_flops(sites, length)
-        + head_flops(design, sites, on_head)[0]
-        + extra_flops(design, sites, length)[2],
+        train_flops=forward + backward + design.passes * (head_flops(design, sites, on_head)[1] + 2 * words),
+        infer_flops=infer_flops(design, sites, length, target=target) + words + head_flops(design, sites, on_head)[0],
         peak_bytes=peak,
         adapter_bytes=file_bytes(stored_tensors(design, sites, outputs, head)),
     )

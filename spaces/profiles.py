@@ -32,6 +32,8 @@ class Profile:
         quantised_inputs: the inputs of quantised linears are kept.
         logits: bytes a logit at the end of the forward, by (bytes of the computation).
         logits_backward: bytes a logit at the height of the loss's backward.
+        float_outputs: the training loop gets, and holds, logits in float32.
+        loss_bytes: the most that logits and their loss take where they come in chunks and are not held; None: whole.
         objective: `lm` (next tokens of causal models) or `class`.
         step_copies: optimiser temporaries at a step, in copies of the trained values.
         reasons: why, in the order of a reader's questions, with the source.
@@ -51,6 +53,8 @@ class Profile:
     checkpoints_from_input: bool = False
     logits: tuple[int, int] = (0, 0)
     logits_backward: tuple[int, int] = (0, 0)
+    float_outputs: bool = False
+    loss_bytes: int | None = None
     objective: Literal["lm", "class"] = "class"
     step_copies: int = 0
     reasons: tuple[str, ...] = field(default=())
@@ -78,8 +82,9 @@ PROFILES = {
         full_masters=True,
         copies=True,
         whole_copies=2,
-        logits=(2, 8),
-        logits_backward=(2, 12),
+        logits=(0, 12),
+        logits_backward=(0, 12),
+        loss_bytes=12 << 24,
         reasons=(
             "trained values, gradients and AdamW's moments are float32 (search/lane.py): 16 bytes each",
             "matrices of a lane are stacked in the precision of the computation and kept for the input's gradient"
@@ -88,6 +93,8 @@ PROFILES = {
             "attention is written out; it keeps queries, keys, values and weights (search/attention.py)",
             "full fine-tuning makes delta and W + delta in the precision of the computation and keeps those of its"
             " linears (search/cohort.py, _call)",
+            "a language model's loss takes chunks of 16.8 million logits, each as it comes, in float32 and its gradient"
+            " (search/lm_head.py)",
             "the backbone runs without dropout",
         ),
     ),
@@ -125,16 +132,20 @@ PROFILES = {
         dropout=0.05,
         shared_dropout=True,
         quantised_inputs=True,
-        logits=(2, 0),
-        logits_backward=(2, 0),
+        logits=(0, 8),
+        logits_backward=(0, 8),
+        float_outputs=True,
         objective="lm",
         step_copies=1,
         reasons=(
             "bf16-true: trained values, gradients and moments are bfloat16 too",
             "lora_dropout 0.05 keeps a mask of bytes and the masked input, once for q, k and v (litgpt/lora.py)",
             "values are a view of the joint q-k-v product, which stays alive with them (litgpt/model.py)",
-            "the loss goes over the logits in chunks of 128 tokens and keeps them and their log-softmax in bfloat16"
-            " (litgpt/utils.py, chunked_cross_entropy)",
+            "Fabric hands the logits out in float32 (lightning/fabric/plugins/precision/half.py, convert_output); the"
+            " loss goes over them in chunks of 128 tokens and keeps their log-softmax (litgpt/utils.py,"
+            " chunked_cross_entropy)",
+            "in 4 bits the output weights are quantised like all linears, and restored whole for their products"
+            " (lightning/fabric/plugins/precision/bitsandbytes.py; bitsandbytes/autograd/_functions.py, MatMul4Bit)",
             "bitsandbytes before 0.43.2 kept the input of every 4-bit linear"
             " (bitsandbytes pull request 1270 removed it): the published table is older",
         ),

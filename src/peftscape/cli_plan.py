@@ -12,6 +12,7 @@ import typer
 from peftscape.cli_common import Json, plain_table, print_json, show
 
 if TYPE_CHECKING:
+    from peftscape.spaces.devices import Device
     from peftscape.spaces.plan import Plan, Setting
     from peftscape.spaces.plan_device import Fit
     from peftscape.spaces.plan_space import Spread
@@ -29,6 +30,9 @@ def plan(
     ],
     batch: Annotated[int, typer.Option(help="Texts a step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of the longest text, to which the others are padded.")] = 512,
+    target: Annotated[
+        int | None, typer.Option(help="Tokens of an encoder-decoder's longest target; as many by default.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, nf4, nf4-dq.")] = "bfloat16",
     profile: Annotated[str, typer.Option(help="peftscape, peft, litgpt: what the implementation keeps.")] = "peftscape",
     objective: Annotated[str | None, typer.Option(help="lm, class or mean; the profile's own by default.")] = None,
@@ -38,7 +42,9 @@ def plan(
     ] = False,
     dropout: Annotated[float | None, typer.Option(help="Of the adapters.")] = None,
     outputs: Annotated[int, typer.Option(help="Of a classification head.")] = 2,
-    device: Annotated[str | None, typer.Option(help="a100-80gb, h100-80gb, l40s ...: does it fit, how fast.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="a100-80gb, l40s ...; this: as doctor measured it, the default then.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Trained parameters; of a space, what this excludes.")] = None,
     trials: Annotated[int, typer.Option(help="Of a space's search, for its time.")] = 30,
     steps: Annotated[int, typer.Option(help="Of each training, for its time.")] = 1000,
@@ -47,7 +53,6 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a design will cost before anything is trained: parameters, bytes, memory, FLOPs, time."""
-    from peftscape.spaces.devices import device as named_device
     from peftscape.spaces.plan import Setting
     from peftscape.spaces.plan import plan as make
     from peftscape.spaces.plan_device import fit
@@ -59,10 +64,10 @@ def plan(
     _known("dtype", dtype, ("float32", "bfloat16", "float16", "int8", "nf4", "nf4-dq"))
     _known("objective", objective, ("lm", "class", "mean"))
     _known("attention", attention, ("eager", "fused"))
-    chosen, on = named_profile(profile), named_device(device) if device else None
+    chosen, on = named_profile(profile), _device(device, dtype)
     known = read_model(model)
     setting = Setting(
-        batch=batch, length=length, dtype=dtype, attention=attention, checkpointing=checkpointing,  # type: ignore[arg-type]
+        batch=batch, length=length, target=target, dtype=dtype, attention=attention, checkpointing=checkpointing,  # type: ignore[arg-type]
         dropout=dropout, objective=objective, outputs=outputs,  # type: ignore[arg-type]
     )  # fmt: skip
     results: list[tuple[Plan, Fit | None]] = []
@@ -80,10 +85,7 @@ def plan(
             continue
 
         def at(size: int, read: Any = read, setting: Setting = setting) -> Plan:
-            return make(
-                read, known.sites, chosen, replace(setting, batch=size), model=model, tied=known.tied,
-                counts_only=known.counts_only,
-            )  # fmt: skip
+            return make(read, known.sites, chosen, replace(setting, batch=size), model=model, tied=known.tied)
 
         results.append((at(batch), fit(at, batch, on) if on else None))
     if figure is not None:
@@ -106,6 +108,20 @@ def plan(
         show(f"what {chosen.name} keeps", *(f"- {reason}" for reason in chosen.reasons))
 
 
+def _device(name: str | None, dtype: str) -> Device | None:
+    """The device asked for; without a name this machine, if `peftscape doctor` has measured it."""
+    from peftscape.spaces.devices import device
+    from peftscape.spaces.rates import read_rates
+
+    return device(name, dtype) if name else device("this", dtype) if read_rates() else None
+
+
+def _used(of: Fit) -> tuple[float, float, float]:
+    from peftscape.spaces.devices import OF_MEASURED, UTILISATION
+
+    return OF_MEASURED if of.measured else UTILISATION
+
+
 def _known(name: str, value: str | None, choices: Sequence[str]) -> None:
     from peftscape.spaces.words import InputError, nearest
 
@@ -118,7 +134,9 @@ def _show(found: Plan, of: Fit | None) -> None:
     from peftscape.analysis.units import amount
 
     s = found.setting
-    how = f"batch {s.batch}, {s.length} tokens, {s.dtype}{', checkpointing' if s.checkpointing else ''}"
+    long = f"{s.length} tokens" + (f" to {s.target or s.length}" if found.two_stacks else "")
+    token = "token of the source" if found.two_stacks else "token"
+    how = f"batch {s.batch}, {long}, {s.dtype}{', checkpointing' if s.checkpointing else ''}"
     show(f"{found.design} on {found.model} ({found.backbone:,} parameters), {how}, as {found.profile} trains it", "")
     share = f"{100 * found.total / found.backbone:.3g} % of the backbone"
     rows = [
@@ -129,24 +147,17 @@ def _show(found: Plan, of: Fit | None) -> None:
     rows.append(("backbone", amount(found.frozen_bytes[s.dtype], "B"), weights))
     if found.mixed_precision_bytes is not None:
         rows.append(("model states", amount(found.mixed_precision_bytes, "B"), _states(found)))
-    if found.memory is not None:
-        memory = found.memory
-        rows.append(("peak memory", amount(memory.peak, "B"), f"highest at {memory.phase}; what the allocator holds"))
-        split = memory.parts()
-        rows += [(f"  {title.lower()}", amount(split[key], "B"), "") for key, title, _ in PARTS if key in split]
-        rows += [
-            ("training", amount(found.train_flops, "FLOP"), "a token, forward and backward"),
-            (
-                "inference",
-                amount(found.infer_extra_flops, "FLOP"),
-                "a token more than the backbone's, merged if it can",
-            ),
-        ]
+    memory = found.memory
+    rows.append(("peak memory", amount(memory.peak, "B"), f"highest at {memory.phase}; what the allocator holds"))
+    split = memory.parts()
+    rows += [(f"  {title.lower()}", amount(split[key], "B"), "") for key, title, _ in PARTS if key in split]
+    rows += [
+        ("training", amount(found.train_flops, "FLOP"), f"a {token}, forward and backward"),
+        ("inference", amount(found.infer_extra_flops, "FLOP"), f"a {token} more than the backbone's, merged if it can"),
+    ]
     if of is not None:
         rows += _device_rows(of)
     show(plain_table("", "", "", rows=rows, right=(1,)))
-    for note in found.notes:
-        show(f"note: {note}")
     show("")
 
 
@@ -172,6 +183,8 @@ def _device_rows(of: Fit) -> list[tuple[str, str, str]]:
     batch = f"largest batch {of.largest_batch}" if of.largest_batch else "not one text fits"
     sharded = f"{of.devices} under plain sharding" if of.devices else "none under plain sharding"
     memory = f"{amount(of.usable_bytes, 'B')} of {amount(of.memory_bytes, 'B')} usable"
+    best, worst = (f"{100 * u:.0f}" for u in (_used(of)[2], _used(of)[0]))
+    share = f"{best} to {worst} % of {'the rates measured here' if of.measured else 'its peak'}"
     lanes = f", {of.lanes} lanes" if of.lanes is not None else ""
     return [
         (of.device, "fits" if of.fits else "too small", f"{batch}{lanes}; {memory}"),
@@ -180,7 +193,7 @@ def _device_rows(of: Fit) -> list[tuple[str, str, str]]:
             sharded.split()[0],
             f"{sharded}; {of.state_devices} hold the model states alone, at 16 bytes a parameter if all train",
         ),
-        ("a step", f"{of.step_s:.3g} s", f"{of.fastest_s:.3g} to {of.slowest_s:.3g} s (60 to 10 % of its peak)"),
+        ("a step", f"{of.step_s:.3g} s", f"{of.fastest_s:.3g} to {of.slowest_s:.3g} s ({share})"),
     ]
 
 
