@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peftscape.search.budget import drawn
+from peftscape.search.comparing import Comparing
+from peftscape.search.rung_study import SCORES
 from peftscape.search.session import design_costs
 from peftscape.search.shrink import within
 from peftscape.search.trial import Trial
@@ -41,6 +43,9 @@ class Asking:
         self.settings = session.config.search
         self.space = read_space(session.config.space, session.backbone.sites)
         self.exhausted = False  # whether nothing under the limits was found
+        self.comparing = None
+        if session.rungs is not None:
+            self.comparing = Comparing(session, session.rungs, storage, workers, self.fits)
 
     def begin(self) -> None:
         """Take up what others left, and enqueue the textbook once."""
@@ -75,24 +80,40 @@ class Asking:
     def next(self, in_flight_steps: int, in_flight: int) -> Trial | None:
         """The next trial, if there is one that may start; designs over a limit are told at once, untrained.
 
+        First those that an interrupted session left, then what waits at a rung and may go on, then fresh ones.
         Counting and asking is one thing: no other worker asks in between.
         """
         steps = self.session.steps * self.settings.seeds
         with self.storage.lock():
             running = self.storage.refresh()
-            others = {k: v for k, v in self.workers.all().items() if k != self._me}
-            self.budget.others = drawn(others)
-            retests = self.settings.retest_seeds * (len(self.storage.front()) + 1)
-            begun = self.storage.trained() + running
-            if not self.budget.may_start(
-                begun=begun, in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=retests
-            ):
-                return None
-            found = self._possible()
+            begun = self.storage.trained() + running + self.storage.waiting
+            fresh = not self.exhausted and self.budget.may_start(
+                begun=begun, in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=self._retests()
+            )
+            found = self._possible() if fresh and self.storage.left else None
+            if found is None and self.comparing is not None:
+                # A search does not end without a design for want of places at its rungs.
+                needed = not fresh and not running and not any(r.state == "complete" for r in self.storage.records)
+                frozen = self.comparing.promoted(in_flight_steps, in_flight, needed=needed)
+                found = self._trial(frozen, self.space.suggest(frozen)) if frozen is not None else None
+            if found is None and fresh:
+                found = self._possible()
             if found is not None:
-                self.budget.promise(in_flight_steps + steps, in_flight + self.settings.seeds)
+                owed = (found.stops[-1] if found.safe else found.until) * self.settings.seeds
+                self.budget.promise(in_flight_steps + owed, in_flight + self.settings.seeds)
                 self.workers.beat()
             return found
+
+    def fits(self, in_flight_steps: int, in_flight: int, steps: int) -> bool:
+        """Whether so many more steps of a trial can be trained beside what is in flight."""
+        return self.budget.fits(
+            in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=self._retests()
+        )
+
+    def _retests(self) -> int:
+        """Lanes of the retest to come; the budget hears what others spent meanwhile."""
+        self.budget.others = drawn({name: said for name, said in self.workers.all().items() if name != self._me})
+        return self.settings.retest_seeds * (len(self.storage.front()) + 1)
 
     def _possible(self) -> Trial | None:
         for _ in range(REFUSED_IN_A_ROW):
@@ -120,8 +141,16 @@ class Asking:
     def _trial(self, trial: Any, design: Design) -> Trial:
         name = trial.user_attrs.get("textbook")
         price = design_costs(self.session, design)
-        tries = trial.user_attrs.get("tries", 1)
-        return Trial(trial, design, price, name if name != design.label else None, tries)
+        return Trial(
+            trial,
+            design,
+            price,
+            name if name != design.label else None,
+            tries=trial.user_attrs.get("tries", 1),
+            stops=self.session.stops,
+            rungs=[row[0] for row in trial.user_attrs.get(SCORES, ())],
+            safe=name is not None,
+        )
 
     def _record(self, frozen: Any, failure: Failure) -> Record:
         """Of a trial that is not trained again; one that was left while it was asked for has no design yet."""
@@ -131,6 +160,6 @@ class Asking:
             metric = self.session.task.metric
             return Record(
                 number=frozen.number, state="failed", design={}, digest="", label=f"trial {frozen.number}",
-                metric=metric.name, direction=metric.direction, n_validation=len(self.session.task.validation),
+                metric=metric.name, direction=metric.direction, n_validation=len(self.session.data.validation),
                 scores=(), costs=None, failure=failure,
             )  # fmt: skip

@@ -37,6 +37,7 @@ class Budget:
         started: when this session's command was given, on the monotonic clock, which no clock change moves.
         batch: examples of a lane in a step.
         step_limit_s: seconds that a step or an evaluation may take.
+        evaluations: of a whole training of a trial: at its end and at its rungs.
         retest_evaluations: how many validation sets a retest's validation and test data are together.
         lane_step_s, lane_evaluation_s: measured seconds a lane takes for a step, and to be evaluated.
         evaluation_steps: how many steps an evaluation is like, until one was measured.
@@ -56,6 +57,7 @@ class Budget:
     started: float = field(default_factory=time.monotonic)
     batch: int = 0
     step_limit_s: float | None = None
+    evaluations: int = 1
     retest_evaluations: float = 1.0
     lane_step_s: float | None = None
     lane_evaluation_s: float = 0.0
@@ -116,7 +118,7 @@ class Budget:
 
     def lane_s(self, steps: int, *, retest: bool = False) -> float:
         """Expected seconds of a whole lane within a full cohort; zero before anything was measured."""
-        evaluations = self.retest_evaluations if retest else 1.0
+        evaluations = self.retest_evaluations if retest else self.evaluations
         return (self.lane_step_s or 0.0) * steps + evaluations * self.evaluation_s
 
     def may_start(self, *, begun: int, in_flight_steps: int, in_flight: int, steps: int, retests: int) -> bool:
@@ -130,6 +132,14 @@ class Budget:
         """
         if self.trials is not None and begun >= self.trials:
             return False
+        return self.fits(in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=retests)
+
+    def fits(self, *, in_flight_steps: int, in_flight: int, steps: int, retests: int) -> bool:
+        """Whether so many more steps of a trial and what has to follow still fit, of all but the number of trials.
+
+        A trial begins, or goes on from a rung, only if it could be trained to its end; in flight it is owed no more
+        than the steps to its next rung.
+        """
         running = self.running_s(in_flight_steps, in_flight)
         after = retests * self.lane_s(steps, retest=True)
         for limit, left, end in (

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftscape.search.task_config import TaskConfig
+from peftscape.search.task_config import TaskConfig, task_kind
 
 if TYPE_CHECKING:
     from peftscape.spaces.sites import SiteMap
@@ -37,7 +37,8 @@ class ModelConfig:
 
     Args:
         source: `minilm` (the embedded default), a local folder, or a hub id.
-        dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float64`.
+        dtype: of the frozen weights: `auto`, `float32`, `bfloat16`, `float64`, or 4 bits (`nf4`; `nf4-dq` with the
+            constants in 8 bits), which need bitsandbytes.
         device: as torch names it: `cpu`, `cuda`, `cuda:1`, `mps`.
         head: `class` (transformers' own) or `mean` (masked mean and one linear).
         max_length: tokens after which a text is cut; never more than the model's positions.
@@ -45,7 +46,7 @@ class ModelConfig:
     """
 
     source: str = "minilm"
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64", "nf4", "nf4-dq"] = "auto"
     device: str = "cpu"
     head: Literal["class", "mean"] = "class"
     max_length: int = _whole(256, least=1)
@@ -71,7 +72,7 @@ class ModelConfig:
         """
         from peftscape.spaces.sites import site_map
 
-        return site_map(self.path(), dict(self.sites) or None)
+        return replace(site_map(self.path(), dict(self.sites) or None), quantised=self.dtype.startswith("nf4"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,12 @@ class SearchSettings:
         lanes: most trials that train at once.
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
-        textbook: whether published designs start the search.
+        textbook: whether published designs start the search; they run to the end whatever they score on the way.
+        rungs: how often a training is compared with the others on its way, at the fractions factor^-rungs, ...,
+            factor^-1 of its length; one in `factor` goes on from there. 0: every design is trained to the end.
+        factor: see `rungs`.
+        rung_rule: which go on: `like-cost`, `crowding`, `epsilon-net` or `quality` (`search.rung_rules`).
+        brackets: of Hyperband; bracket b is first compared at its rung b + 1. 1: all are compared at the first.
         step_limit: the longest that a training step or an evaluation may take; what hangs is stopped then.
     """
 
@@ -101,6 +107,10 @@ class SearchSettings:
     seeds: int = _whole(1, least=1)
     retest_seeds: int = _whole(5, least=0)
     textbook: bool = True
+    rungs: int = _whole(0, least=0, most=8)
+    factor: int = _whole(3, least=2, most=10)
+    rung_rule: Literal["like-cost", "crowding", "epsilon-net", "quality"] = "like-cost"
+    brackets: int = _whole(1, least=1)
     step_limit: str = "15m"
 
     def full_length(self, rows: int) -> int:
@@ -141,3 +151,8 @@ class SearchConfig:
     space: str | Mapping[str, Any] = "unified"
     search: SearchSettings = SearchSettings()
     budget: BudgetConfig = BudgetConfig(trials=DEFAULT_TRIALS)
+
+    @property
+    def head(self) -> Literal["class", "mean", "lm"]:
+        """The head of the task: a language model's own where the task is one of language."""
+        return "lm" if task_kind(self.task) in ("lm", "multiple_choice") else self.model.head

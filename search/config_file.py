@@ -19,7 +19,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peftscape.search.config import DEFAULT_TRIALS, SearchConfig
 from peftscape.search.config_values import value_errors
+from peftscape.search.embedded import EMBEDDED_TASKS
 from peftscape.search.metrics import METRICS
+from peftscape.search.task import DEFAULT_METRIC
 from peftscape.spaces.record import COSTS
 from peftscape.spaces.words import InputError, nearest
 
@@ -184,9 +186,17 @@ def _connect(table: dict[str, Any]) -> None:
         names = [part.partition(":")[0].strip() for part in str(search["objectives"]).split(",")]
         if metric := next((name for name in names if name in METRICS and name not in COSTS), None):
             task["metric"] = metric
-    metric = task.setdefault("metric", "pearson" if task.get("kind") == "regression" else "accuracy")
+    metric = task.setdefault("metric", _usual_metric(task))
     if "objectives" not in search and isinstance(metric, str) and metric in METRICS:
         search["objectives"] = f"{metric}:{METRICS[metric].direction[:3]},trainable:min"
+
+
+def _usual_metric(task: Mapping[str, Any]) -> str:
+    """The metric of a task of this kind, or of an embedded one; accuracy where the kind is still to be seen."""
+    kind, name = task.get("kind"), task.get("name")
+    if kind is None and isinstance(name, str) and name in EMBEDDED_TASKS:
+        kind = EMBEDDED_TASKS[name].kind
+    return next((metric for known, metric in DEFAULT_METRIC.items() if known == kind), "accuracy")
 
 
 _hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)

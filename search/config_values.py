@@ -12,6 +12,7 @@ from peftscape.analysis.front import ObjectiveError, parse_objectives
 from peftscape.search.budget import parse_bytes, parse_duration
 from peftscape.search.embedded import EMBEDDED_MODELS, MissingPackageError
 from peftscape.search.metrics import METRICS
+from peftscape.search.rungs import rungs_of
 from peftscape.search.task import check_task
 from peftscape.spaces.record import COSTS
 from peftscape.spaces.sites import SiteError, SiteMap, site_map
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig
+    from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)")
@@ -42,7 +43,7 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
     if not _NAME.fullmatch(config.name) or config.name.endswith(".retest"):
         take = 'take letters, digits, " ", ".", "_", "-"' + (", 100 at most" if len(config.name) > 100 else "")
         errors.append(f'name: "{config.name[:60]}" cannot name a study; {take}')
-    sites = _model(config.model, errors) if not {"model", "model.source", "model.sites"} & broken else None
+    sites = _model(config.model, config.head, errors) if not {"model", "model.source", "model.sites"} & broken else None
     if "task" not in tables:
         errors += check_task(config.task)
     if "space" not in broken:
@@ -53,11 +54,12 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
         errors.append("search.epochs: the length is given as search.examples already; give one of the two")
     if config.search.epochs is not None and not 0 < config.search.epochs < math.inf:
         errors.append(f"search.epochs: a number above 0 was expected, not {config.search.epochs!r}")
+    errors += _rungs(config.search)
     errors += _duration("search.step_limit", config.search.step_limit)
     return errors + _budget(config.budget, bounded="budget" not in tables)
 
 
-def _model(model: ModelConfig, errors: list[str]) -> SiteMap | None:
+def _model(model: ModelConfig, head: str, errors: list[str]) -> SiteMap | None:
     """Its sites, or None: then why is among the errors, unless it is still to come from the hub."""
     if not _DEVICE.fullmatch(model.device):
         near = nearest(model.device, ("cpu", "cuda", "mps"))
@@ -80,7 +82,9 @@ def _model(model: ModelConfig, errors: list[str]) -> SiteMap | None:
     except SiteError as error:
         errors.append(f"{'model.sites' if model.sites else 'model.source'}: {error}")
         return None
-    if model.head == "class" and sites.head is None:
+    if head == "lm" and not (sites.causal or sites.decoder_layers):
+        errors.append(f"task.kind: {sites.family} is no decoder, and cannot predict its next token")
+    if head == "class" and sites.head is None:
         errors.append(f'model.head: transformers has no sequence classifier for {sites.family}; use head = "mean"')
     return sites
 
@@ -131,6 +135,17 @@ def _objectives(config: SearchConfig) -> list[str]:
     elif metric in METRICS and named[0] != metric:
         errors.append(f"{at}{named[0]} is not the task's metric, {metric}; they must be the same")
     return errors
+
+
+def _rungs(search: SearchSettings) -> list[str]:
+    if search.brackets > max(1, search.rungs):
+        return [f"search.brackets: {search.brackets} are more than the rungs, {search.rungs}, at which they begin"]
+    if search.examples is not None and search.rungs:
+        try:
+            rungs_of(search, -(-search.examples // search.batch_size))
+        except ValueError as error:
+            return [f"search.rungs: {error}"]
+    return []
 
 
 def _budget(budget: BudgetConfig, *, bounded: bool) -> list[str]:

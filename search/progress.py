@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
     from peftscape.search.storage import Storage
+    from peftscape.spaces.record import Record
 
 
 class SearchProgress:
@@ -52,9 +55,13 @@ class SearchProgress:
         front: int,
         best: float | None,
         left_s: float,
+        waiting: int = 0,
+        stopped: str = "",
     ) -> None:
         """Say where the search is; `done` of `total` moves the bar."""
-        words = [f"{trials} done, {running} running", f"front {front}"]
+        words = [f"{trials} done, {running} running" + (f", {waiting} waiting" if waiting else ""), f"front {front}"]
+        if stopped:
+            words.append(stopped)
         if best is not None:
             words.append(f"best {best:.3f}")
         if not math.isinf(left_s):
@@ -84,4 +91,19 @@ def show(progress: SearchProgress, phase: str, budget: Budget, storage: Storage,
         front=len(storage.front()),
         best=best((r.validation for r in complete), default=None),
         left_s=budget.left_s(),
+        waiting=storage.waiting,
+        stopped=stopped(storage.records),
     )
+
+
+def stopped(records: Sequence[Record]) -> str:
+    """How many trials were stopped at each rung, and what part of the work this saved; nothing where none was."""
+    early = [record for record in records if record.state == "pruned" and record.rungs]
+    if not early:
+        return ""
+    at = Counter(len(record.rungs) for record in early)
+    words = f"{' + '.join(str(at[rung]) for rung in range(1, max(at) + 1))} stopped at rungs"
+    full = max((record.curve[-1][0] for record in records if record.state == "complete" and record.curve), default=0)
+    trained = sum(bool(record.curve) for record in records)
+    saved = sum(full - record.rungs[-1].examples for record in early) / (full * trained) if full else 0.0
+    return f"{words}, {saved:.0%} of the work saved" if full else words

@@ -16,7 +16,7 @@ What a trial scored lies in its user attributes, so that another process, or the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,19 +27,27 @@ SCORES, PROMOTED, PROTECTED, FLOOR, BRACKET = (
 )
 
 
+def waits(trial: Any) -> bool:
+    """Whether an Optuna trial was scored at a rung and has not been told to go on from there."""
+    attrs = trial.user_attrs
+    return bool(trial.state.name == "RUNNING" and len(attrs.get(SCORES, ())) > attrs.get(PROMOTED, 0))
+
+
 class StudyRungs:
     """Successive halving of an Optuna study's trials.
 
     Args:
         study: with two or more objectives.
         quality: which objective is learnt while training; the others are costs, known from the start.
-        error: the standard error of the quality, if it is known.
+        error: the standard error of the quality, if it is known; or a function that tells it of a quality's value.
 
     Raises:
         ValueError: if the study has no such objective, or no other.
     """
 
-    def __init__(self, study: Any, rungs: Rungs, *, quality: int = 0, error: float = 0.0) -> None:
+    def __init__(
+        self, study: Any, rungs: Rungs, *, quality: int = 0, error: float | Callable[[float], float] = 0.0
+    ) -> None:
         if not 0 <= quality < len(study.directions) or len(study.directions) < 2:
             raise ValueError(f"expected a quality and costs, found {len(study.directions)} objectives, {quality=}")
         self.study, self.rungs, self.quality, self.error = study, rungs, quality, error
@@ -94,9 +102,10 @@ class StudyRungs:
             if entry.key in self._trials and entry.waits:
                 self._note(self._trials[entry.key], Verdict.STOP)
 
-    def entries(self) -> list[Entry]:
-        """All trials that have been scored, whoever trained them."""
-        return [self._entry(t) for t in self.study.get_trials(deepcopy=False) if SCORES in t.user_attrs]
+    def entries(self, trials: Sequence[Any] | None = None) -> list[Entry]:
+        """All trials that have been scored, whoever trained them; of `trials`, where those were read just now."""
+        trials = self.study.get_trials(deepcopy=False) if trials is None else trials
+        return [self._entry(trial) for trial in trials if SCORES in trial.user_attrs]
 
     def _entry(self, trial: Any) -> Entry:
         attrs = trial.user_attrs
@@ -108,7 +117,7 @@ class StudyRungs:
             # What is maximised, as a speed, is a cost by its reciprocal: rules look at logarithms.
             costs=tuple((1 / v if v else math.inf) if up else v for v, up in costs),
             scores=tuple(sign * row[self.quality] for row in rows),
-            error=self.error,
+            error=self.error(rows[-1][self.quality]) if callable(self.error) else self.error,
             promoted=attrs.get(PROMOTED, 0),
             protected=attrs.get(PROTECTED, False),
             floor=attrs.get(FLOOR, False),

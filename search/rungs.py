@@ -20,11 +20,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from peftscape.search.rung_rules import RULES, Rule
 from peftscape.spaces.words import nearest
+
+if TYPE_CHECKING:
+    from peftscape.search.config import SearchSettings
+
+# In a search so many of a rung's lanes wait: each is files on the disk, and a trial that is read again and again.
+WAITING = 32
 
 
 class Verdict(StrEnum):
@@ -202,16 +209,51 @@ class Rungs:
         rung = {e.key: len(e.scores) for e in entries if e.scores}[key] - 1
         return Verdict.STOP if rung >= self.count else self.decide(rung, entries)[key]
 
-    def next(self, entries: Iterable[Entry]) -> int | None:
-        """The waiting trial to go on with: of the highest rung that has one, the best. None: ask for a fresh one."""
+    def next(self, entries: Iterable[Entry], *, needed: bool = False) -> int | None:
+        """The waiting trial to go on with: of the highest rung that has one, the best. None: ask for a fresh one.
+
+        Args:
+            needed: one goes on if any waits, whether or not there is a place for it yet.
+        """
         entries = list(entries)
         for rung in reversed(range(self.count)):
             waiting = {e.key for e in entries if e.waits and len(e.scores) == rung + 1}
             verdicts = self.decide(rung, entries) if waiting else {}
             for key, verdict in verdicts.items():
-                if key in waiting and verdict is Verdict.GO_ON:
+                if key in waiting and (verdict is Verdict.GO_ON or needed):
                     return key
         return None
+
+    def stopped(self, entries: Iterable[Entry]) -> list[int]:
+        """The waiting trials that will not go on: others have come that are better, or a baseline above them."""
+        entries = list(entries)
+        return [
+            entry.key
+            for rung in range(self.count)
+            if (waiting := [e for e in entries if e.waits and len(e.scores) == rung + 1])
+            for verdicts in [self.decide(rung, entries)]
+            for entry in waiting
+            if verdicts[entry.key] is Verdict.STOP
+        ]
+
+
+def rungs_of(settings: SearchSettings, steps: int) -> Rungs | None:
+    """The rungs of a search whose full training has so many steps; None where every design is trained to the end.
+
+    Raises:
+        ValueError: if the training is too short to have so many rungs.
+    """
+    if not settings.rungs:
+        return None
+    rungs = Rungs(
+        count=settings.rungs,
+        factor=settings.factor,
+        rule=settings.rung_rule,
+        brackets=settings.brackets,
+        waiting=WAITING,
+    )
+    rungs.steps(steps)
+    return rungs
 
 
 def after(entry: Entry, verdict: Verdict) -> Entry:

@@ -10,10 +10,12 @@ import numpy as np
 from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import Backbone
 from peftscape.search.guarded import Guarded
-from peftscape.search.head import Head
+from peftscape.search.head import Head, make_head
+from peftscape.search.rungs import Rungs, rungs_of
 from peftscape.search.states import StateCache
 from peftscape.search.task import EncodedTask, Task, encode, load_task
 from peftscape.spaces.price import costs
+from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
@@ -29,6 +31,7 @@ class Session:
         tokens: a typical text's length, the mean of the training texts; costs are told for it.
         steps: of every training at full length.
         states: hidden states that all cohorts share; None keeps none.
+        rungs: at which trials are compared; None where all are trained to their end.
         guards: what cohorts are limited by: `stop`, `patience_s`, `over`, `checkpoints`, `account` (`Guarded`).
     """
 
@@ -41,6 +44,12 @@ class Session:
     steps: int
     guards: dict[str, Any] = field(default_factory=dict)
     states: StateCache | None = None
+    rungs: Rungs | None = None
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """After which steps of a training it is scored: at the rungs, and last at the end."""
+        return (*(self.rungs.steps(self.steps) if self.rungs else ()), self.steps)
 
     def cohort(self) -> Guarded:
         """An empty cohort on the training data."""
@@ -71,11 +80,15 @@ def open_session(config: SearchConfig) -> Session:
         overrides=dict(model.sites) or None,
     )
     limit = min(model.max_length, backbone.sites.max_positions or model.max_length)
-    data = encode(task, backbone.tokenizer, limit)
-    head = Head(backbone, kind=model.head, outputs=task.num_outputs)
+    data = encode(task, backbone.tokenizer, limit, pairs=backbone.sites.decoder_layers > 0)
+    head = make_head(backbone, kind=config.head, outputs=task.num_outputs)
     tokens = round(float(np.mean(data.train.lengths)))
-    steps = max(1, -(-config.search.full_length(len(task.train)) // config.search.batch_size))
-    return Session(config, backbone, head, task, data, tokens, steps, states=StateCache(backbone))
+    steps = max(1, -(-config.search.full_length(len(data.train)) // config.search.batch_size))
+    try:
+        rungs = rungs_of(config.search, steps)
+    except ValueError as error:
+        raise InputError("search.rungs", [str(error)]) from None
+    return Session(config, backbone, head, task, data, tokens, steps, states=StateCache(backbone), rungs=rungs)
 
 
 def design_costs(session: Session, design: Design) -> Costs:
@@ -86,8 +99,8 @@ def design_costs(session: Session, design: Design) -> Costs:
         outputs=session.task.num_outputs,
         tokens=session.tokens,
         batch=session.config.search.batch_size,
-        head=session.config.model.head,
-        dtype=str(session.backbone.dtype).removeprefix("torch."),
+        head=session.config.head,
+        dtype=session.backbone.precision,
     )
 
 
@@ -95,10 +108,11 @@ def adapter_card(session: Session, design: Design, seed: int) -> Card:
     """What an adapter's folder says of it."""
     return Card(
         design=design,
-        head=session.config.model.head,
+        head=session.config.head,
         outputs=session.task.num_outputs,
         max_length=session.config.model.max_length,
         labels=session.task.labels,
         metric=session.task.metric.name,
-        task={"name": session.task.name, "seed": seed},
+        task={"name": session.task.name, "seed": seed}
+        | ({} if session.task.language is None else {"language": session.task.language.json()}),
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ from peftscape.analysis.front import Objective, front, parse_objectives
 from peftscape.search import integrity
 from peftscape.search.database import ADAPTERS, FILE, open_database
 from peftscape.search.disk import writing
+from peftscape.search.rung_study import PROMOTED, SCORES, StudyRungs, waits
 from peftscape.spaces.record import Record, RecordError
 from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
+    from peftscape.search.rungs import Rungs
     from peftscape.search.workers import Workers
     from peftscape.spaces.design import Design
     from peftscape.spaces.space import Space
@@ -60,7 +63,9 @@ class Storage:
         self._where = out / FILE
         self._copied, self._took = time.monotonic(), 0.0
         self._records: dict[int, Record] = {}
-        self._asked = 0  # how many trials there are, as of the last look
+        self.trials: list[Any] = []  # Optuna's, as of the last look: those in flight are read anew at each
+        # As of the last look: how many trials there are, and of them how many wait at a rung, or for a new session.
+        self._asked = self.waiting = self.left = 0
         self._front: tuple[Record, ...] | None = None
         try:
             self._open(url, say)
@@ -135,10 +140,11 @@ class Storage:
             self._study.add_trial(trial)
 
     def tell(self, trial: Any, record: Record, worker: str = "") -> bool:
-        """Write the record, then its values; what failed or was never trained is told as pruned.
+        """Write the record, then its values; what failed, was stopped or was never trained is told as pruned.
 
         TPE asks again for what it was told had failed; pruned trials it ranks behind all complete ones, and NSGA-II and
-        GP leave them out.
+        GP leave them out. While a trial waits at a rung it is running, which TPE takes for a bad one. Made-up values
+        for what was stopped guided no sampler better (`benchmarks/telling.py`).
 
         Returns:
             False if the trial is no longer this worker's: it was taken for dead, and another has the trial.
@@ -186,7 +192,7 @@ class Storage:
         with self._writing():
             known = workers.all()
             running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            left = [trial for trial in running if workers.dead(trial.user_attrs.get("worker"), known)]
+            left = [t for t in running if not waits(t) and workers.dead(t.user_attrs.get("worker"), known)]
             for trial in left:
                 if trial.user_attrs.get("tries", 1) < TRIES:
                     self.leave(trial.number, counts=True)
@@ -201,6 +207,51 @@ class Storage:
                 self._retests.tell(trial.number, state=TrialState.FAIL)
         return len(left) - len(given_up), given_up
 
+    # -- rungs ------------------------------------------------------------------------------------------------------
+
+    def rungs(self, rungs: Rungs, error: Callable[[float], float]) -> StudyRungs:
+        """How far the study's trials have come, as the rungs compare them."""
+        return StudyRungs(self._study, rungs, quality=0, error=error)
+
+    def reach(self, record: Record, worker: str, marks: Mapping[str, Any]) -> bool:
+        """Note that a trial was scored at one more rung; from then on it waits there.
+
+        Args:
+            record: of the trial as far as it is.
+            marks: further attributes of the trial, written before.
+
+        Returns:
+            False if the trial is no longer this worker's.
+        """
+        from optuna.trial import TrialState
+
+        with self._writing():
+            found = self._trial(record.number)
+            if found.state != TrialState.RUNNING or found.user_attrs.get("worker", "") != worker:
+                return False
+            costs = [float(o.value(record)) for o in self.objectives[1:]]
+            for name, value in {"record": record.to_json(), **marks}.items():
+                self._set(record.number, name, value)
+            self._set(record.number, SCORES, [[rung.validation, *costs] for rung in record.rungs])
+        return True
+
+    def go_on(self, number: int, worker: str) -> Any:
+        """Send a trial on from its rung, now this worker's."""
+        with self._writing():
+            attrs = self._trial(number).user_attrs
+            if attrs.get("worker") != worker:
+                self._set(number, "worker", worker)
+            self._set(number, PROMOTED, len(attrs[SCORES]))
+            return self._trial(number)
+
+    def stop(self, number: int, worker: str) -> bool:
+        """End a trial at its rung: it is told with the record that it has there."""
+        with self._writing():
+            trial = self._trial(number)
+            if trial.user_attrs.get("worker") != worker:
+                self._set(number, "worker", worker)
+            return self.tell(trial, replace(Record.from_json(trial.user_attrs["record"]), state="pruned"), worker)
+
     # -- records ----------------------------------------------------------------------------------------------------
 
     @property
@@ -209,13 +260,17 @@ class Storage:
         return list(self._records.values())
 
     def refresh(self) -> int:
-        """Hear what other workers told; how many trials are in flight, of all workers."""
-        trials = self._study.get_trials(deepcopy=False)
+        """Hear what other workers told; how many trials are in flight, of all workers. Those at a rung wait instead."""
+        self.trials = trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
+        self.waiting = sum(map(waits, trials))
+        # A trial that was enqueued waits too, and has not been tried.
+        self.left = sum(trial.state.name == "WAITING" and "tries" in trial.user_attrs for trial in trials)
         for trial in trials:
             if trial.number not in self._records and trial.state.is_finished() and "known" not in trial.user_attrs:
                 self._keep(sources.trial_record(trial, self._study))
-        return sum(trial.state.name == "RUNNING" for trial in trials)
+        running: int = sum(trial.state.name == "RUNNING" for trial in trials)
+        return running - self.waiting
 
     def _keep(self, record: Record) -> None:
         self._records[record.number] = record
@@ -236,17 +291,26 @@ class Storage:
 
     # -- retests ----------------------------------------------------------------------------------------------------
 
-    def retested(self) -> set[tuple[int, int]]:
-        """(trial, seed) of all retests there are."""
-        rows = [t.user_attrs["retest"] for t in self._retests.get_trials(deepcopy=False) if "retest" in t.user_attrs]
-        return {(row["of"], row["seed"]) for row in rows}
+    def retests(self) -> list[dict[str, Any]]:
+        """The rows of all retests that ended, those that failed with their `failure`."""
+        trials = self._retests.get_trials(deepcopy=False)
+        return [t.user_attrs["retest"] for t in trials if t.state.is_finished() and "retest" in t.user_attrs]
 
-    def add_retest(self, value: float, row: Mapping[str, Any]) -> None:
-        """Keep a retest's score."""
+    def retested(self, tries: int = 1) -> set[tuple[int, int]]:
+        """(trial, seed) of all retests that gave a score, or failed so often."""
+        rows = self.retests()
+        failed = Counter((row["of"], row["seed"]) for row in rows if "failure" in row)
+        done = {(row["of"], row["seed"]) for row in rows if "failure" not in row}
+        return done | {job for job, times in failed.items() if times >= tries}
+
+    def add_retest(self, value: float | None, row: Mapping[str, Any]) -> None:
+        """Keep a retest's score; without one, why it failed."""
+        from optuna.trial import TrialState
+
         with self._writing():
             trial = self._retests.ask()
             trial.set_user_attr("retest", dict(row))
-            self._retests.tell(trial, value)
+            self._retests.tell(trial, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

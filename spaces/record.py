@@ -12,8 +12,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-SCHEMA = 2
-"""The version of the JSON form: 2 added `outcomes` to scores. A reader takes its own version and older ones."""
+SCHEMA = 3
+"""The version of the JSON form: 2 added `outcomes` to scores, 3 `rungs` and `kernels`. A reader takes its own and
+older ones."""
 
 State = Literal["complete", "pruned", "failed", "running"]
 Direction = Literal["maximize", "minimize"]
@@ -75,6 +76,14 @@ COSTS: tuple[str, ...] = tuple(f.name for f in fields(Costs))
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What a trial scored on the way: `validation`, the mean over its seeds, after so many `examples` of each."""
+
+    examples: int
+    validation: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why a trial gave no score: a short `kind` ("diverged", "out of memory"), the message, and the step."""
 
@@ -92,7 +101,10 @@ class Record:
     `metric` and `direction` say what the scores measure, `n_validation` on how many examples. `scores` are
     those of the trial's own seeds, in which selection may look at `validation` alone; `retests` are later
     seeds, scored on test data that no selection saw. `curve` holds (examples seen, training loss). `wall_s`
-    is the time that the trial took where it ran, beside its neighbours: a note, never a cost.
+    is the time that the trial took where it ran, beside its neighbours: a note, never a cost. `rungs` are the
+    points of its training at which it was compared with others; a pruned record that has some was stopped at the
+    last of them, one that has none was never trained, and one that is running waits there or has gone on. `kernels`
+    are the operations of `spaces.ops` that its lanes ran as kernels; plain torch computed the others.
 
     Raises:
         RecordError: if the state or direction is unknown, or a complete record lacks a finite score.
@@ -113,6 +125,8 @@ class Record:
     wall_s: float = 0.0
     failure: Failure | None = None
     retests: tuple[Score, ...] = ()
+    rungs: tuple[Rung, ...] = ()
+    kernels: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -181,7 +195,7 @@ def _unknown(value: object, known: Sequence[str], what: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     """`value` with tuples as lists, dataclasses as dicts and non-finite numbers as strings."""
-    if isinstance(value, (Score, Costs, Failure)):
+    if isinstance(value, (Score, Costs, Failure, Rung)):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

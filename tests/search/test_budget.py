@@ -97,6 +97,18 @@ def test_a_lane_starts_only_if_all_that_runs_and_follows_still_fits(clock: Clock
     assert starts(retests=50), "retests keep at most their share"
 
 
+def test_a_trial_is_evaluated_at_its_rungs_too_and_goes_on_whatever_the_number_of_trials(clock: Clock) -> None:
+    of = budget(clock, time_s=100.0, trials=3, evaluations=3)
+    of.measured(1.0, 10)
+    of.lane_evaluation_s = 2.0
+    assert of.lane_s(100) == pytest.approx(10.0 + 3 * 2.0)
+    assert not may_start(of, begun=3)
+    needed = CAUTION * (0.1 * 30 + 2 * 2.0 + 16.0) + REPORT_S
+    for hair, fits in ((-0.01, True), (0.01, False)):
+        clock.now = 1000 + 100 - needed + hair
+        assert of.fits(in_flight_steps=30, in_flight=2, steps=100, retests=0) is fits
+
+
 def test_a_retest_is_evaluated_on_test_data_too(clock: Clock) -> None:
     of = budget(clock, time_s=100.0, retest_evaluations=5.0)
     of.measured(1.0, 10)

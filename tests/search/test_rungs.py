@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftscape.search.config import SearchSettings
 from peftscape.search.rung_rules import FEWEST_PEERS, RULES, crowding, epsilon_net, expected, like_cost, logs
 from peftscape.search.rung_study import StudyRungs
-from peftscape.search.rungs import Entry, Rungs, Verdict, after, expected_final
+from peftscape.search.rungs import WAITING, Entry, Rungs, Verdict, after, expected_final, rungs_of
 
 SEEDS = range(20)
 GO_ON, WAIT, STOP = Verdict.GO_ON, Verdict.WAIT, Verdict.STOP
@@ -253,6 +254,40 @@ def test_a_lane_that_waits_goes_on_when_more_have_come() -> None:
     assert rungs.verdict(0, entries.values()) is WAIT, "it is alone at the second rung"
     entries[3] = Entry(key=3, costs=(100.0,), scores=(0.95,))
     assert rungs.verdict(3, entries.values()) is GO_ON
+
+
+def test_one_goes_on_without_a_place_where_it_is_needed() -> None:
+    entries = [Entry(key=i, costs=(100.0,), scores=(0.4 + i / 10,)) for i in range(2)]
+    assert Rungs(rule="quality").next(entries) is None
+    assert Rungs(rule="quality").next(entries, needed=True) == 1
+    assert Rungs(rule="quality").next([], needed=True) is None
+
+
+def test_what_waits_behind_too_many_or_below_a_floor_that_came_later_is_stopped() -> None:
+    for seed in SEEDS:
+        entries = cohort(seed)
+        ranked = like_cost(*data(seed)).tolist()
+        last = len(entries) // 3 + 4
+        assert set(Rungs(waiting=4).stopped(entries)) == set(ranked[last:])
+        floor = Entry(key=100, costs=(5.0,), scores=(0.6,), floor=True)
+        assert set(Rungs().stopped([*entries, floor])) == {e.key for e in entries if e.scores[0] < 0.6}
+        assert Rungs().stopped([replace(e, ended=True) for e in entries]) == []
+
+
+def test_the_rungs_of_a_search_are_those_of_its_settings() -> None:
+    assert rungs_of(SearchSettings(), 90) is None
+    found = rungs_of(SearchSettings(rungs=2, factor=3, brackets=2), 90)
+    assert found is not None
+    assert (found.steps(90), found.brackets, found.waiting) == ((10, 30), 2, WAITING)
+    with pytest.raises(ValueError, match="3 steps are too few"):
+        rungs_of(SearchSettings(rungs=2), 3)
+
+
+def test_an_error_may_depend_on_the_quality() -> None:
+    study = study_of(3)
+    rungs = StudyRungs(study, Rungs(), error=lambda quality: quality / 10)
+    rungs.tell(study.ask(), (0.5, 10.0))
+    assert [entry.error for entry in rungs.entries()] == [0.05]
 
 
 def test_the_highest_rung_goes_first() -> None:
