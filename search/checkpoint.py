@@ -1,6 +1,7 @@
 """Lanes in flight, saved to go on from: tensors, optimiser, step and losses, with a checksum, the one before kept.
 
-A training is decided by its design, seed and length: whatever trial or retest runs it next takes up what is saved.
+A training is decided by its design, seed and length: whatever session has the trial or retest next takes up what is
+saved.
 """
 
 from __future__ import annotations
@@ -83,6 +84,15 @@ class Checkpoints:
         for path in self.folder.glob(f"{_key(lane)}.*"):
             path.unlink(missing_ok=True)
 
+    def has(self, trial: int) -> bool:
+        """Whether lanes of a trial lie here."""
+        return any(self.folder.glob(f"*-*-*-{trial}.json"))
+
+    def drop_trial(self, trial: int) -> None:
+        """Forget the lanes of a trial that will not go on."""
+        for path in self.folder.glob(f"*-*-*-{trial}.*"):
+            path.unlink(missing_ok=True)
+
     def _tidy(self, key: str) -> None:
         """Remove tensors that neither the card nor the one before names."""
         named = set()
@@ -98,7 +108,9 @@ class Checkpoints:
 
 
 def _key(lane: Lane) -> str:
-    return f"{lane.design.digest}-{lane.seed}-{lane.steps}"
+    key = f"{lane.design.digest}-{lane.seed}-{lane.steps}"
+    # Two trials of one design may be at different points of it.
+    return f"{key}-{lane.name}" if lane.name else key
 
 
 def _state(lane: Lane) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,38 +7,71 @@ takes longer than its limit is stopped and its lanes run one by one, so that onl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from peftscape.search.cohort import Cohort
+from peftscape.search.lane import Lane, new_lane
 from peftscape.search.prepare import prepare
 from peftscape.search.stopping import HangError, Stop
+from peftscape.spaces.plan_lanes import groups
 from peftscape.spaces.record import Failure
 
 if TYPE_CHECKING:
     from peftscape.search.account import Account
     from peftscape.search.checkpoint import Checkpoints
-    from peftscape.search.lane import Lane
     from peftscape.search.task import EncodedSplit
+    from peftscape.spaces.design import Design
 
 # Lanes are saved this often, and never for more than a fiftieth of the time.
 SAVE_EVERY_S = 30.0
 SAVE_SHARE = 50
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory",
+    "storage size calculation overflowed",
     "could not create a primitive", "could not create a memory",  # what oneDNN says of it
 )  # fmt: skip
 
 
 @dataclass
 class Memory:
-    """How many lanes fit at once; None while all do."""
+    """How many lanes fit at once: by the plan, corrected by what was measured.
+
+    Args:
+        width: the most that fit after memory ran out; None while all did.
+        limit: bytes that weights and lanes may take together; None for any.
+        weights: bytes of the frozen weights.
+        alone: peak bytes of a design that trains alone, by the plan.
+        correction: measured over planned bytes.
+    """
 
     width: int | None = None
+    limit: int | None = None
+    weights: int = 0
+    alone: Callable[[Design], int] = lambda _: 0
+    correction: float = 1.0
+    known: dict[str, int] = field(default_factory=dict)
+
+    def parts(self, designs: Sequence[Design]) -> list[range]:
+        """Lanes of these designs, in their order, in as few parts as fit."""
+        if self.limit is None:
+            return [range(len(designs))]
+        return groups(list(map(self._alone, designs)), self.weights, self.limit, self.correction)
+
+    def learn(self, designs: Sequence[Design], measured: int) -> None:
+        """From what a step of lanes of these designs took beyond what was there before it."""
+        planned = sum(self._alone(design) - self.weights for design in designs)
+        self.correction = max(self.correction, measured / max(planned, 1))
+
+    def _alone(self, design: Design) -> int:
+        if design.digest not in self.known:
+            self.known[design.digest] = self.alone(design)
+        return self.known[design.digest]
 
 
 class Guarded(Cohort):
@@ -72,6 +105,17 @@ class Guarded(Cohort):
         self._saved: dict[int, float] = {}  # seconds of a lane's training that are on disk
         self._last, self._took = time.monotonic(), 0.0
 
+    def begin(self, design: Design, *, seed: int, steps: int, name: str = "") -> Lane | Failure:
+        """A lane at where its training begins, or why there is no memory for its tensors."""
+        try:
+            lane = new_lane(design, seed=seed, steps=steps, backbone=self.backbone, head=self.head, name=name)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Failure(kind="out of memory", message=first_line(error), step=0)
+        self.start(lane)
+        return lane
+
     def start(self, lane: Lane) -> None:
         """Bring a new lane to where its training begins: where it was saved, or what it needs from the data."""
         if self.checkpoints is not None and self.checkpoints.restore(lane):
@@ -96,7 +140,8 @@ class Guarded(Cohort):
         losses: dict[int, float] = {}
 
         def train(part: Sequence[Lane]) -> None:
-            losses.update(zip(map(id, self.lanes), super(Guarded, self).step(), strict=True))
+            with self._measured(part):
+                losses.update(zip(map(id, self.lanes), super(Guarded, self).step(), strict=True))
 
         try:
             self._each(everyone, train, lambda lane: lane.failure is None and lane.step == before[id(lane)])
@@ -121,7 +166,9 @@ class Guarded(Cohort):
             found.update(zip(map(id, part), super(Guarded, self).predict(split, *part), strict=True))
 
         self._each(chosen, evaluate, lambda lane: lane.failure is None and id(lane) not in found)
-        nothing = np.full((len(split), self.head.outputs), np.nan, dtype=np.float32)
+        nothing: np.ndarray[Any, Any] = np.full((len(split), self.head.outputs), np.nan, dtype=np.float32)
+        if split.asked is not None:
+            nothing = np.full(len(split), None, dtype=object)
         return np.stack([found.get(id(lane), nothing) for lane in chosen])
 
     def save(self, *lanes: Lane) -> None:
@@ -137,10 +184,17 @@ class Guarded(Cohort):
         self._last = time.monotonic()
         self._took = self._last - started
 
-    def retire(self, *lanes: Lane) -> None:
-        """As a cohort's; what was saved of a lane that is done is of no more use."""
-        super().retire(*lanes)
-        self.forget(*(lane for lane in lanes if lane.done))
+    def keep(self, *lanes: Lane) -> None:
+        """Save lanes that are done and scored while their trial is not: whoever takes it up does not train them."""
+        if self.checkpoints is not None:
+            for lane in lanes:
+                self.checkpoints.save(lane)
+
+    def put_by(self, *lanes: Lane) -> None:
+        """Save lanes that wait and let go of them: `start` takes a new lane to where they were."""
+        self.save(*lanes)
+        for lane in lanes:
+            self._begun.pop(id(lane), None)
 
     def forget(self, *lanes: Lane) -> None:
         """These lanes are done with: their records are written, or nobody wants them."""
@@ -160,7 +214,8 @@ class Guarded(Cohort):
     def _each(self, lanes: list[Lane], work: Callable[[Sequence[Lane]], None], open_: Callable[[Lane], bool]) -> None:
         """Do the work on all lanes in as few parts as fit; `open_` says whether it is still to be done on a lane."""
         everyone, size = list(self.lanes), self.memory.width or len(lanes)
-        parts = [lanes[i : i + size] for i in range(0, len(lanes), size)]
+        planned = [lanes[part.start : part.stop] for part in self.memory.parts([lane.design for lane in lanes])]
+        parts = [part[i : i + size] for part in planned for i in range(0, len(part), size)]
         try:
             while parts:
                 part = [lane for lane in parts.pop(0) if open_(lane)]
@@ -176,6 +231,18 @@ class Guarded(Cohort):
         finally:
             if [id(lane) for lane in everyone] != [id(lane) for lane in self.lanes]:
                 self._arrange(everyone)
+
+    @contextmanager
+    def _measured(self, part: Sequence[Lane]) -> Iterator[None]:
+        """Correct the plan by what the lanes take, where the device tells it."""
+        device = self.backbone.device
+        if device.type != "cuda" or self.memory.limit is None:
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        self.memory.learn([lane.design for lane in part], torch.cuda.max_memory_allocated(device) - before)
 
     def _tried(self, part: list[Lane], work: Callable[[Sequence[Lane]], None]) -> Failure | None:
         """Why the work could not be done on so many lanes, or None. Any other error goes on."""

@@ -46,6 +46,9 @@ class Lane:
         passing: names of fixed tensors that no file keeps.
         sites, own, seen: for each placement its sites; at each what the lane holds by name (one tensor under several
             names or sites where it is shared); and what the site sees of it, which `unfold` makes.
+        score: on the validation data, once the lane is done; saved with it.
+        kernels: of `spaces/ops`, those that it ran on; none where plain torch ran.
+        taken: steps that the optimiser's moments have seen, where they are counted without asking the device.
     """
 
     design: Design
@@ -65,6 +68,9 @@ class Lane:
     losses: list[float] = field(default_factory=list)
     failure: Failure | None = None
     wall_s: float = 0.0
+    score: float | None = None
+    kernels: set[str] = field(default_factory=set)
+    taken: int | None = None
 
     @property
     def done(self) -> bool:
@@ -98,12 +104,14 @@ class Lane:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate() * group["multiple"]
             self.optimizer.step()
-            self.step += 1
-            self._after_step()
+            self.taken = None
+            self.advance()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _after_step(self) -> None:
+    def advance(self) -> None:
+        """Count a step that the tensors have taken, and let the methods do what follows it."""
+        self.step += 1
         for placement, own, sites in zip(self.design.placements, self.own, self.sites, strict=True):
             if placement.method.after_step(own, self.step, self.steps):
                 self.optimizer.state.clear()
@@ -161,6 +169,8 @@ def new_lane(
     for tensor_name, value in head.start(generator(seed, HEAD)).items():
         lane.params[f"{HEAD}/{tensor_name}"] = value.to(backbone.master_dtype).to(backbone.device).requires_grad_()
         rates[1.0].append(lane.params[f"{HEAD}/{tensor_name}"])
+    if not lane.params:  # nothing trains behind a language model's own head, and AdamW wants something
+        rates[1.0].append(torch.zeros(1, requires_grad=True))
     lane.optimizer = torch.optim.AdamW(
         [{"params": tensors, "multiple": rate} for rate, tensors in rates.items() if tensors],
         lr=design.training.lr, weight_decay=design.training.weight_decay, fused=True,

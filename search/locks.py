@@ -93,8 +93,13 @@ class Held:
         self._lock.acquire()
 
     def release(self) -> None:
-        self._lock.release()
+        """Let go of the file, and remove it."""
+        self.let_go()
         self.path.unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """Hold the file no more; it stays and tells that nobody does."""
+        self._lock.release()
 
 
 def is_held(path: Path) -> bool | None:

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peftscape.analysis.noise import candidates
-from peftscape.search.lane import Lane, new_lane
 from peftscape.search.progress import show
 from peftscape.search.retest_order import retest_order
 from peftscape.spaces.design import Design
 from peftscape.spaces.outcomes import pack
+from peftscape.spaces.record import Failure
 
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
-    from peftscape.search.cohort import Cohort
+    from peftscape.search.guarded import Guarded
+    from peftscape.search.lane import Lane
     from peftscape.search.progress import SearchProgress
     from peftscape.search.session import Session
     from peftscape.search.storage import Storage
 
 # Retest seeds lie apart from the trials' own, whatever their number.
 FIRST_SEED = 1000
+# A retest that failed is tried once more, by a later session.
+TRIES = 2
 
 
 @dataclass
@@ -51,8 +54,10 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                 if running and (design.solo or running[0].lane.design.solo):
                     break  # it needs the backbone for itself
                 del jobs[0]
-                lane = new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
-                cohort.start(lane)
+                lane = cohort.begin(design, seed=seed, steps=session.steps)
+                if isinstance(lane, Failure):
+                    storage.add_retest(None, {"of": number, "seed": seed, "wall_s": 0.0, "failure": vars(lane)})
+                    continue
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
                 cohort.admit(lane)
@@ -66,6 +71,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
             if done:
                 _score(done, session, storage, cohort)
                 cohort.retire(*(r.lane for r in done))
+                cohort.forget(*(r.lane for r in done))
                 running = [r for r in running if r not in done]
             show(
                 progress,
@@ -85,7 +91,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
 def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int, Design, int]]:
     settings = session.config.search
     seeds = [settings.seed + FIRST_SEED + i for i in range(settings.retest_seeds)]
-    known = storage.retested()
+    known = storage.retested(TRIES)
     complete = [r for r in storage.records if r.state == "complete"]
     found = candidates(complete, storage.objectives) if complete else ()
     designs = {r.number: Design.from_json(dict(r.design)) for r in found}
@@ -93,31 +99,29 @@ def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int,
     return [(number, designs[number], seed) for number, seed in order]
 
 
-def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Cohort) -> None:
-    good = [r for r in done if r.lane.failure is None]
-    if not good:
-        return
-    lanes = [r.lane for r in good]
+def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Guarded) -> None:
+    """Keep what each gave on validation and test data; one without two finite scores is kept as failed."""
+    good = [r.lane for r in done if r.lane.failure is None]
     data, metric = session.data, session.task.metric
-    on_validation = cohort.predict(data.validation, *lanes)
-    on_test = cohort.predict(data.test, *lanes)
-    for r, first, second in zip(good, on_validation, on_test, strict=True):
-        validation, test = (
-            metric.score(first, data.validation.targets),
-            metric.score(second, data.test.targets),
-        )
-        if not np.isfinite([validation, test]).all():
+    scores: dict[int, tuple[float, float, str | None]] = {}
+    if good:
+        on_validation, on_test = cohort.predict(data.validation, *good), cohort.predict(data.test, *good)
+        for lane, first, second in zip(good, on_validation, on_test, strict=True):
+            if lane.failure is not None:
+                continue
+            found = metric.score(first, data.validation.targets), metric.score(second, data.test.targets)
+            if np.isfinite(found).all():
+                each = metric.per_example(second, data.test.targets)
+                scores[id(lane)] = (*found, None if each is None else pack(each))
+            else:
+                message = "the scores are {:g} on validation and {:g} on test data".format(*found)
+                lane.failure = Failure(kind="not finite", message=message, step=lane.step)
+    for r in done:
+        row: dict[str, Any] = {"of": r.of, "seed": r.lane.seed, "wall_s": r.lane.wall_s}
+        if r.lane.failure is not None:
+            storage.add_retest(None, row | {"failure": vars(r.lane.failure)})
             continue
-        each = metric.per_example(second, data.test.targets)
-        storage.add_retest(
-            test,
-            {
-                "of": r.of,
-                "seed": r.lane.seed,
-                "validation": validation,
-                "test": test,
-                "n_test": len(data.test.targets),
-                "wall_s": r.lane.wall_s,
-                "outcomes": None if each is None else pack(each),
-            },
-        )
+        validation, test, outcomes = scores[id(r.lane)]
+        n_test = len(data.test.targets)
+        row |= {"validation": validation, "test": test, "n_test": n_test, "outcomes": outcomes}
+        storage.add_retest(test, row)

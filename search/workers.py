@@ -59,16 +59,23 @@ class Workers:
         self._thread = threading.Thread(target=self._run, daemon=True, name="peftscape-lease")
         self._thread.start()
 
-    def leave(self) -> None:
-        """End the lease and keep what was spent."""
+    def rest(self) -> None:
+        """Renew the lease no more. Whoever holds the study's lock must not ask for it: a renewal may wait for that."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(timeout=self.lease_s)
+
+    def leave(self) -> None:
+        """End the lease and keep what was spent; after `rest`, this may be done under the study's lock."""
+        self.rest()
         try:
             self.beat()
-        finally:
-            if self._held is not None:
-                self._held.release()
+        except Exception:
+            if self._held is not None:  # others cannot read that it ended, but see that its file is free
+                self._held.let_go()
+            raise
+        if self._held is not None:
+            self._held.release()
 
     def beat(self) -> None:
         """Renew the lease, and keep what was spent so far."""

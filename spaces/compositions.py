@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
 #: Kinds of sites that are no module's input or output.
 NO_OUTPUT = ("input", "model", "ladder")
+#: No backbone has more.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +121,20 @@ def gated(x: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor, text: Any) ->
 def read_compositions(row: Mapping[str, Any], kind: type[Method], at: str, errors: list[str]) -> dict[str, Any]:
     """The compositions of a placement from what people write, or errors."""
     found: dict[str, Any] = {}
+    if kind.execution == "solo":
+        wanted = [key for key in ("mask", "share", "gate", "drop") if row.get(key)]
+        errors += [f"{at}.{key}: {kind.name} has the backbone to itself, and takes no compositions" for key in wanted]
+        return found
     if row.get("mask") is not None:
         found["mask"] = _mask(row["mask"], kind, f"{at}.mask", errors)
     if row.get("share") is not None:
         found["share"] = _share(row["share"], f"{at}.share", errors)
         if any(getattr(kind, hook) is not getattr(Method, hook) for hook in ("prepare", "after_step", "finish")):
             errors.append(f"{at}.share: {kind.name} sets tensors of its sites itself while it trains")
+        elif kind.needs_weight and kind.start is not Method.start:
+            errors.append(f"{at}.share: {kind.name} starts from the weights of each of its sites")
+        elif kind.sites <= {"model"}:
+            errors.append(f"{at}.share: {kind.name} has no tensors of sites")
     if row.get("gate") is not None:
         if not isinstance(row["gate"], bool):
             errors.append(f"{at}.gate: true or false was expected, not {row['gate']!r}")
@@ -133,8 +143,8 @@ def read_compositions(row: Mapping[str, Any], kind: type[Method], at: str, error
         else:
             found["gate"] = row["gate"]
     if row.get("drop") is not None:
-        if not isinstance(row["drop"], int) or isinstance(row["drop"], bool) or row["drop"] < 0:
-            errors.append(f"{at}.drop: a number of layers was expected, not {row['drop']!r}")
+        if not isinstance(row["drop"], int) or isinstance(row["drop"], bool) or not 0 <= row["drop"] <= MOST_LAYERS:
+            errors.append(f"{at}.drop: a number of layers was expected, not {row['drop']!r:.60}")
         elif row["drop"] and kind.sites <= {*NO_OUTPUT, "kv"}:
             errors.append(f"{at}.drop: {kind.name} changes no site's output")
         else:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import optuna
 
 Value = str | int | float | bool | None
+#: No number is larger, no size or count of a method of ours, and no width is halved more often.
+LARGEST, MOST, HALVINGS = 1e300, 2**20, 64
 
 
 @runtime_checkable
@@ -194,14 +196,25 @@ def domain_from_toml(value: Any, *, width: int) -> Domain | None:
         "reduction": lambda low, high: Reduction(low, high, width),
     }
     if word not in makers:
-        raise ValueError(f'no domain "{word}"{nearest(word, makers)}')
+        raise ValueError(f'no domain "{word}"{nearest(str(word), makers)}')
     if not isinstance(ends, Sequence) or isinstance(ends, str) or (word != "choice" and len(ends) != 2):
         raise ValueError(f"{word} takes {'a list' if word == 'choice' else 'two ends, [low, high]'}, not {ends!r}")
-    if word != "choice":
-        bad = [e for e in ends if isinstance(e, bool) or not isinstance(e, (int, float))]
-        if bad or ends[0] > ends[1] or (word == "log" and ends[0] <= 0):
-            raise ValueError(f"{word} = {list(ends)!r} is not a range")
+    if word == "choice":
+        plain = [x for e in ends for x in (e if isinstance(e, list) else [e])]
+        if not ends or not all(isinstance(x, (str, int, float)) for x in plain):
+            raise ValueError(f"choice takes a list of values, or of lists of them, not {list(ends)!r:.60}")
+    elif not all(map(is_finite, ends)) or ends[0] > ends[1] or (word == "log" and ends[0] <= 0):
+        raise ValueError(f"{word} = {list(ends)!r:.60} is not a range")
+    elif word not in ("float", "log") and not all(isinstance(e, int) for e in ends):
+        raise ValueError(f"{word} takes whole numbers, not {list(ends)!r:.60}")
+    elif word == "reduction" and not 0 <= ends[0] <= ends[1] <= HALVINGS:
+        raise ValueError(f"reduction takes two ends from 0 to {HALVINGS}, not {list(ends)!r:.60}")
     return makers[word](*ends)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that arithmetic can handle: neither infinite nor beyond all floats."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _shown(value: Any) -> Value:

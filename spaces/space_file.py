@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from peftscape.spaces.compositions import SCORES, read_compositions
 from peftscape.spaces.design import Training
 from peftscape.spaces.design_file import COMMON, with_config
-from peftscape.spaces.knobs import Choice, Domain, Range, domain_from_toml
+from peftscape.spaces.knobs import MOST, Choice, Domain, Range, domain_from_toml, is_finite
 from peftscape.spaces.layers import WORDS, LayerChoice
 from peftscape.spaces.methods import method as find
 from peftscape.spaces.presets import preset
+from peftscape.spaces.sites import kind_in
 from peftscape.spaces.space import Option, Slot, Space
 from peftscape.spaces.words import InputError, nearest
 
@@ -100,7 +101,8 @@ class _Reader:
         knobs = {k: self._value(v, f"{at}.{k}") for k, v in own.items() if k in defaults}
         domains = kind.domains()
         for knob, value in knobs.items():
-            ends = value.ends() if isinstance(value, Domain) else () if value is None else (value,)
+            told = value is None and row[knob] is not None
+            ends = value.ends() if isinstance(value, Domain) else () if told else (value,)
             if isinstance(domains.get(knob), Choice):
                 for end in ends:
                     self._inside(domains[knob], end, f"{at}.{knob}")
@@ -138,18 +140,20 @@ class _Reader:
         lists = value.values if isinstance(value, Choice) else (value,)
         kept = []
         for names in lists:
-            if not isinstance(names, (list, tuple)):
-                self.errors.append(f"{at}.sites: a list of names was expected, not {names!r}")
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                lists_of_lists = isinstance(names, list) and all(isinstance(name, list) for name in names)
+                hint = "; to choose among lists, write {choice = [[...], [...]]}" if lists_of_lists else ""
+                self.errors.append(f"{at}.sites: a list of names was expected, not {names!r}{hint}")
                 continue
             for name in names:
-                if name not in known:
+                if kind_in(name) not in known:
                     self.errors.append(f'{at}.sites: {method} cannot adapt "{name}"{nearest(str(name), known)}')
-            there = tuple(n for n in names if n in self.sites.kinds)
+            there = tuple(n for n in names if any(site.named((n,)) for site in self.sites.sites))
             if there and there not in kept:
                 kept.append(there)
             for name in names:
-                if name in self.sites.refused:
-                    self.dropped.append(f"{method} on {name}: {self.sites.refused[name]}")
+                if (of := kind_in(name)) in self.sites.refused:
+                    self.dropped.append(f"{method} on {name}: {self.sites.refused[of]}")
         if not kept:
             return None
         return Choice(tuple(kept)) if isinstance(value, Choice) else kept[0]
@@ -185,11 +189,13 @@ class _Reader:
             self.errors.append("training: a table was expected")
             return {}
         self._unknown(row, names, "training.")
-        values = {k: self._value(v, f"training.{k}") for k, v in row.items() if k in names}
-        for name, value in values.items():
-            number = isinstance(value, (int, float, Range, Choice)) and not isinstance(value, bool)
-            if not number and value is not None:
-                self.errors.append(f"training.{name}: a number or a domain was expected, not {value!r}")
+        values: dict[str, Any] = {}
+        for name in (n for n in row if n in names):
+            before = len(self.errors)
+            value = values[name] = self._value(row[name], f"training.{name}")
+            ends = value.ends() if isinstance(value, Domain) else (value,)
+            if len(self.errors) == before and not all(map(is_finite, ends)):
+                self.errors.append(f"training.{name}: a number or a domain was expected, not {row[name]!r:.60}")
         return values
 
     def _value(self, value: Any, at: str) -> Any:
@@ -217,9 +223,13 @@ def _unfit(value: Any, end: Any, default: Any) -> str | None:
         broken = isinstance(value, Range) and not value.integer
         if isinstance(end, bool) or not isinstance(end, (int, float)) or (isinstance(default, int) and broken):
             return f"{type(default).__name__} expected, not {_written(value) if broken else repr(end)}"
-        if isinstance(default, int) and not isinstance(end, int):
-            return f"int expected, not {end!r}"
+        if (isinstance(default, int) and not isinstance(end, int)) or not is_finite(end):
+            return f"{type(default).__name__} expected, not {end!r:.60}"
+        if isinstance(default, int) and end > MOST:
+            return f"more than {MOST:,}"
         return f"{end!r} is below 0" if end < 0 else None
+    if default is None:  # a knob of another library's that may be anything
+        return None
     if type(end) is not type(default) and not isinstance(end, (list, tuple)):
         return f"{type(default).__name__} expected, not {end!r}"
     return None

@@ -1,15 +1,20 @@
 """A full disk, at the study, an adapter, a checkpoint and the report: told with its path, and nothing else is lost.
 
-A limit on the size of files fails writes as a full disk does, and needs no privileges.
+A limit on the size of files fails writes as a full disk does, and needs no privileges. Where mounting is permitted, a
+small disk in memory is filled to its last byte too.
 """
 
 from __future__ import annotations
 
 import errno
+import pkgutil
 import resource
+import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +149,82 @@ def test_a_full_disk_at_a_checkpoint_ends_nothing_that_was_there(
     run_search(of, out, quiet=True)
     assert len(complete(out)) == 4
     assert any(begun[name] > 0 for name in "0123"), "what was saved before the disk was full is used"
+
+
+# -- a disk that really is full
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A disk of 8 MB, and what leaves no room on it; where nobody may mount one, files that cannot grow."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+
+    def fill() -> None:
+        if mounted:
+            with suppress(OSError), (folder / "ballast").open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(512))
+        else:  # for the rest of this process
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+    yield folder, fill
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+#: Where the disk is full at once before what is written there, and what the command has to name.
+PLACES = {
+    "study": ("peftscape.search.storage.Storage.tell", "study.db"),
+    "adapter": ("peftscape.search.adapter_folder.write_file", "adapters"),
+    "checkpoint": ("peftscape.search.checkpoint.write_file", "checkpoints"),
+    "report": ("peftscape.analysis.report.write_report", "report.html"),
+}
+
+
+@pytest.mark.parametrize("place", ["study", *(pytest.param(p, marks=pytest.mark.faults) for p in list(PLACES)[1:])])
+def test_a_disk_that_fills_up(
+    base: Path, small: tuple[Path, Callable[[], None]], tmp_path: Path, tell: Callable[..., None], place: str
+) -> None:
+    (folder, fill), (name, words) = small, PLACES[place]
+    out = folder / "run"
+    of = tiny(base, budget={"trials": 8})
+    run_search(tiny(base, budget={"trials": 4}), out, quiet=True)
+    before, files = complete(out), contents(out)
+
+    def run() -> None:
+        work = pkgutil.resolve_name(name)
+
+        def full(*given: Any, **more: Any) -> Any:
+            fill()
+            if place == "report":
+                given[1].write_bytes(bytes(2**16))
+            return work(*given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("peftscape.search.guarded.SAVE_EVERY_S", 0.0)
+            patch.setattr("peftscape.search.guarded.SAVE_SHARE", 0.0)
+            patch.setattr(name, full)
+            run_search(of, out, quiet=True)
+
+    child = Child(run, tmp_path / "log")
+    assert child.wait() == FULL, child.said()
+    assert words in child.said()
+    (folder / "ballast").unlink(missing_ok=True)
+    after = complete(out)
+    lost = sum(after.get(number) != record for number, record in before.items())
+    assert lost == 0
+    for path, raw in files.items():
+        if path.parent.parent.name == "adapters" and path.parent.is_dir():
+            assert path.read_bytes() == raw, "an adapter of before is as it was"
+    assert place != "report" or (out / "report.html").read_bytes() == files[out / "report.html"]
+    started = time.monotonic()
+    run_search(of, out, quiet=True)
+    tell(f"a full disk at the {place}", 1, lost, time.monotonic() - started)
+    assert sorted(complete(out)) == list(range(8)), "the same command goes on"
 
 
 def test_the_command_ends_with_4_and_the_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from searches import BATCH, STEPS, Child, tiny
 
 from peftscape.search.config import SearchConfig
 from peftscape.search.storage import Storage
-from peftscape.search.study import run_search
+from peftscape.search.study import _Run, run_search
+from peftscape.search.workers import LEASE_S
 
 
 def race(of: SearchConfig, folders: list[Path], url: str | None = None, timeout_s: float = 300) -> tuple[str, float]:
@@ -48,6 +49,23 @@ def test_two_processes_make_exactly_the_trials_that_were_wanted(base: Path, tmp_
     shares = check(storage, 15, said, 2)
     assert len(shares) == 2, "both took part"
     storage.close()
+
+
+def test_the_end_of_a_session_does_not_wait_for_a_lease_that_is_being_renewed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal waits for the study's lock; the end of the session, which holds it, must not wait for the renewal."""
+    end, took = _Run._end, list[float]()
+
+    def timed(self: _Run) -> None:
+        started = time.monotonic()
+        end(self)
+        took.append(time.monotonic() - started)
+
+    monkeypatch.setattr(_Run, "_end", timed)
+    monkeypatch.setattr("peftscape.search.workers.BEATS", 2000)
+    run_search(tiny(base, budget={"trials": 1}, search={"retest_seeds": 0}), tmp_path, quiet=True)
+    assert took[0] < LEASE_S / 2
 
 
 @pytest.mark.faults
