@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftscape.search.masks import draw_masks
+from peftscape.search.quantised import held, is_packed
 from peftscape.spaces.methods.base import Method
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class _Look:
         """For each of the lane's first examples the gradient of every site's weight, d_out x d_in."""
         backbone = self.cohort.backbone
         modules: list[Any] = [backbone.model.get_submodule(site.path) for site in self.sites]
-        weights = list({id(m.weight): m.weight for m in modules}.values())
+        packed = {id(m): m for m in modules if is_packed(m)}.values()
+        restored = {id(m): _restore(m) for m in packed}
+        weights = list({id(w): w for m in modules for w in [restored.get(id(m), m.weight)]}.values())
         order = self.lane.examples(self._count(count), len(self.cohort.train.ids))
         try:
             for weight in weights:
@@ -77,7 +80,10 @@ class _Look:
             with torch.enable_grad():
                 for i in range(len(order)):
                     self.cohort.losses([order[i : i + 1]]).sum().backward()  # type: ignore[no-untyped-call]
-                    yield [_gradient(m, site) for m, site in zip(modules, self.sites, strict=True)]
+                    yield [
+                        _gradient(restored.get(id(m), m.weight), site, id(m) in restored)
+                        for m, site in zip(modules, self.sites, strict=True)
+                    ]
                     for weight in weights:
                         weight.grad = None
                     self.lane.optimizer.zero_grad()
@@ -85,9 +91,20 @@ class _Look:
             for weight in weights:
                 weight.requires_grad_(False)
                 weight.grad = None
+            for module in packed:
+                del module.forward
 
 
-def _gradient(module: Any, site: Site) -> Tensor:
-    gradient: Tensor = module.weight.grad
-    gradient = (gradient.T if site.transposed else gradient).float()
+def _restore(module: Any) -> Tensor:
+    """The weight of a linear in 4 bits in numbers, with which it runs until its `forward` is deleted."""
+    weight = held(module)
+    assert weight is not None
+    module.forward = lambda x: torch.nn.functional.linear(x, weight, module.bias)
+    return weight
+
+
+def _gradient(weight: Tensor, site: Site, straight: bool) -> Tensor:
+    """d_out x d_in of the site; `straight` if the weight lies so whatever the site says."""
+    assert weight.grad is not None
+    gradient = (weight.grad.T if site.transposed and not straight else weight.grad).float()
     return (gradient[slice(*site.span)] if site.span else gradient).clone()

@@ -7,7 +7,9 @@ asked for and held in memory up to a limit, beyond it in a file that goes with t
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +32,6 @@ FILLING_ROWS = 512
 
 class _Reached(Exception):
     """Ends a forward pass early."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
 
 
 @dataclass
@@ -65,16 +64,27 @@ class StateCache:
         moved = lane.design.prompt_length() or lane.design.position_shift() or not sites.attention_interface
         return 0 if moved or len(self.blocks) != sites.layers else max(0, lane.design.lowest_layer(sites))
 
-    def states(self, forward: Forward, batch: Batch, split: EncodedSplit, examples: Any, layer: int) -> Tensor | None:
-        """What enters a layer, in the shape of the batch; None where it is not kept."""
-        if layer == 0 or batch.cut or (level := self._level(split, layer)) is None:
-            return None
+    def states(
+        self, forward: Forward, batch: Batch, split: EncodedSplit, examples: Any, layers: Collection[int]
+    ) -> dict[int, Tensor]:
+        """What enters each of these layers, in the shape of the batch; nothing where one of them is not kept.
+
+        What enters layer 0 is never kept: it is found as quickly as it is read.
+        """
+        levels = {}
+        for layer in sorted(set(layers) - {0}):
+            if batch.cut or (level := self._level(split, layer)) is None:
+                return {}
+            levels[layer] = level
         wanted = np.unique(np.concatenate(examples))
-        missing = wanted[~level.there[wanted]]
-        self.misses += len(missing)
-        self.hits += sum(map(len, examples)) - len(missing)
-        if len(missing):
-            self._fill(forward, level, split, missing, layer)
+        absent = {layer: wanted[~level.there[wanted]] for layer, level in levels.items()}
+        self.misses += sum(map(len, absent.values()))
+        self.hits += sum(sum(map(len, examples)) - len(missing) for missing in absent.values())
+        if any(map(len, absent.values())):
+            self._fill(forward, levels, split, np.unique(np.concatenate(list(absent.values()))))
+        return {layer: self._laid_out(level, batch, split, examples) for layer, level in levels.items()}
+
+    def _laid_out(self, level: _Level, batch: Batch, split: EncodedSplit, examples: Any) -> Tensor:
         flat = _places(level, split, np.concatenate(examples))
         values = level.values[torch.from_numpy(flat)].to(batch.ids.device)
         out = values.new_zeros(batch.ids.numel(), values.shape[1]).index_copy_(0, batch.tokens, values)
@@ -103,30 +113,38 @@ class StateCache:
             return torch.from_file(file.name, shared=True, size=tokens * shape[1], dtype=dtype).view(shape)
 
     @torch.no_grad()
-    def _fill(self, forward: Forward, level: _Level, split: EncodedSplit, missing: Any, layer: int) -> None:
+    def _fill(self, forward: Forward, levels: dict[int, _Level], split: EncodedSplit, missing: Any) -> None:
         order = missing[np.argsort([len(split.ids[i]) for i in missing], kind="stable")]
         for start in range(0, len(order), FILLING_ROWS):
             rows = order[start : start + FILLING_ROWS]
             batch = pack([LaneBatch(rows)], split, self.backbone.sites).to(self.backbone.device)
-            states = self._run_to(forward, batch, layer)
-            flat = _places(level, split, rows)
-            level.values[torch.from_numpy(flat)] = states.reshape(-1, states.shape[-1])[batch.tokens].to("cpu")
-            level.there[rows] = True
+            reached = self._run_to(forward, batch, list(levels))
+            for layer, level in levels.items():
+                states, flat = reached[layer], _places(level, split, rows)
+                level.values[torch.from_numpy(flat)] = states.reshape(-1, states.shape[-1])[batch.tokens].to("cpu")
+                level.there[rows] = True
 
-    def _run_to(self, forward: Forward, batch: Batch, layer: int) -> Tensor:
-        """The output of the layer below, where the pass ends."""
+    def _run_to(self, forward: Forward, batch: Batch, layers: list[int]) -> dict[int, Tensor]:
+        """What enters these layers; the pass ends below the last of them."""
+        found: dict[int, Tensor] = {}
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
+        def keep(module: nn.Module, args: Any, output: Any, *, layer: int) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == layers[-1]:
+                raise _Reached
 
-        hook = self.backbone.model.get_submodule(self.blocks[layer - 1]).register_forward_hook(stop)
+        hooks = [
+            self.backbone.model.get_submodule(self.blocks[n - 1]).register_forward_hook(partial(keep, layer=n))
+            for n in layers
+        ]
         try:
             forward.model_states(batch)
-        except _Reached as reached:
-            return reached.states
+        except _Reached:
+            return found
         finally:
-            hook.remove()
-        raise AssertionError(f"layer {layer - 1} was never run")
+            for hook in hooks:
+                hook.remove()
+        raise AssertionError(f"layer {layers[-1] - 1} was never run")
 
 
 def _places(level: _Level, split: EncodedSplit, examples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

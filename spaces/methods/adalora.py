@@ -58,7 +58,8 @@ class AdaLoRA(Method):
         return [{"A": t["A"] * t["E"], "B": t["B"]} for t in own]
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return ops.low_rank(x, y, p.A, p.B, p.alpha / (p.rank + 1e-5))  # 1e-5 as in the authors' code
+        scale = p.alpha / (p.rank + 1e-5)  # 1e-5 as in the authors' code
+        return ops.low_rank(x, y, p.each("A"), p.each("B"), scale)
 
     def penalty(self, own: list[Own]) -> Array:
         import torch

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftscape.spaces import ops
 from peftscape.spaces.knobs import integer, knob, ladder
 from peftscape.spaces.methods.base import Lanes, Tensor, Tensors
 from peftscape.spaces.methods.bottleneck import ACTIVATIONS, Bottleneck
-from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
     import torch
 
     from peftscape.spaces.methods.base import Array, Own
     from peftscape.spaces.sites import Site
+
+MOST_EXPERTS = 1024
 
 
 class AdaMix(Bottleneck):
@@ -61,5 +63,10 @@ class AdaMix(Bottleneck):
     def consistency(self) -> float:
         return self.agreement
 
+    def check(self, site: Site) -> str | None:
+        if not 1 <= self.experts <= MOST_EXPERTS:
+            return f"experts: {self.experts} is not from 1 to {MOST_EXPERTS}"
+        return super().check(site)
+
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return y + ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
+        return ops.adapter(y, *self.weights(p), self.activation)

@@ -7,11 +7,12 @@ A file in this folder with one subclass of `Method` adds a method; nothing else 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, dataclass_transform
 
 from peftscape.spaces.knobs import Domain, knob
+from peftscape.spaces.ops import reference
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     Array = torch.Tensor
     Own = dict[str, torch.Tensor]
+    Each = torch.Tensor | list[torch.Tensor]
 
 Init = Literal["zeros", "ones", "kaiming", "he", "normal", "vocabulary", "own"]
 Scope = Literal["site", "kind", "layer", "placement"]
@@ -67,7 +69,7 @@ Tensors = dict[str, Tensor]
 
 
 class Lanes:
-    """What `apply` sees of a group of lanes: `p.A` is lanes x shape, `p.alpha` (a number) is lanes x 1 x 1.
+    """What `apply` sees of a group of lanes: `p.A` is lanes x shape, padded with zeros; `p.alpha` is lanes x 1 x 1.
 
     Both are tensors; a name that is neither is a mistake in the method, and says so. A method with `needs_weight`
     finds the frozen `p.weight` (d_out x d_in; a norm's gain) and `p.bias` (None where there is none), without a lane
@@ -81,11 +83,33 @@ class Lanes:
     norm: Callable[[Array], Array]
     text: Text
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        own: Mapping[str, list[Array]] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`values` are there as they are; of `own`, each lane's own tensors by name, what is asked for is stacked."""
         self.__dict__.update(values)
+        self.__dict__["_own"], self.__dict__["_dtype"] = own or {}, dtype
+
+    def each(self, name: str) -> Each:
+        """A declared tensor as each lane holds it, unpadded, for operations of `ops` that take it so."""
+        own: Mapping[str, list[Array]] = self.__dict__["_own"]
+        return own[name] if name in own else getattr(self, name)
+
+    def given(self, values: Mapping[str, Any], *, without: Collection[str] = ()) -> Lanes:
+        """The same with further values, and without some."""
+        kept = {k: v for k, v in self.__dict__.items() if k not in (*without, "_own", "_dtype")}
+        return Lanes({**kept, **values}, self.__dict__["_own"], self.__dict__["_dtype"])
 
     def __getattr__(self, name: str) -> Array:
-        raise AttributeError(f'a method asked for "{name}", which it neither declares as a tensor nor as a knob')
+        own: list[Array] | None = self.__dict__["_own"].get(name)
+        if own is None:
+            raise AttributeError(f'a method asked for "{name}", which it neither declares as a tensor nor as a knob')
+        self.__dict__[name] = reference.stacked(own, self.__dict__["_dtype"])
+        found: Array = self.__dict__[name]
+        return found
 
 
 class Probe(Protocol):
@@ -207,12 +231,25 @@ class Method:
         """Whether the method changes what the site gives (`apply`), what it reads (`apply_input`), or both."""
         return "output"
 
-    def prefix(self, p: Lanes) -> tuple[Array, Array]:
-        """Keys and values (lanes x length x d_kv each) to attend to besides the sequence; `kv` sites only."""
+    def prefix(self, p: Lanes) -> tuple[Each, Each]:
+        """Keys and values to attend to besides the sequence, of each lane length x d_kv; `kv` sites only."""
         raise NotImplementedError
 
     def virtual_tokens(self, p: Lanes) -> Array:
         """Vectors (lanes x length x width) put before the embedded sequence; `input` sites only."""
+        raise NotImplementedError
+
+    def rungs(self, site: Site) -> tuple[int, ...]:
+        """After how many layers it reads the states, ascending from 0, the embeddings; `ladder` sites only."""
+        raise NotImplementedError
+
+    def ladder(self, p: Lanes, states: list[Array], causal: bool) -> Array:
+        """What stands in the place of the last states (lanes x tokens x d_out); `ladder` sites only.
+
+        Args:
+            states: at each of its `rungs`, lanes x tokens x d_in, without a gradient.
+            causal: whether a token sees those before it alone.
+        """
         raise NotImplementedError
 
     def prompt_length(self) -> int:
@@ -230,6 +267,10 @@ class Method:
     def flops(self, site: Site, tokens: int) -> int:
         """Forward FLOPs for one sequence beyond the frozen site's: 2 a parameter and token, unless overridden."""
         return 2 * tokens * sum(t.size for t in self.tensors(site).values() if t.deployed)
+
+    def first_flops(self, site: Site, tokens: int) -> int:
+        """Of `flops` those of products with what the site reads: where nothing below trains, it needs no gradient."""
+        return self.flops(site, tokens) // 2
 
     def fixed_flops(self, site: Site, tokens: int) -> int:
         """Of `flops` those of a first product whose factor does not train: it has no gradient to pay for."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from peftscape.spaces.knobs import choice, knob, ladder
-from peftscape.spaces.methods.base import Method, Tensor, Tensors
+from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
 
 if TYPE_CHECKING:
+    from peftscape.spaces.methods.base import Each
     from peftscape.spaces.sites import Site
 
 ACTIVATIONS = choice("relu", "gelu", "silu", "tanh")
@@ -33,6 +34,10 @@ class Bottleneck(Method):
             "up": Tensor((site.d_out, self.size)),
             "up_bias": Tensor((site.d_out,)),
         }
+
+    def weights(self, p: Lanes) -> tuple[Each, Each, Each, Each]:
+        """As each lane holds them, for `ops.adapter`."""
+        return p.each("down"), p.each("down_bias"), p.each("up"), p.each("up_bias")
 
     def flops(self, site: Site, tokens: int) -> int:
         return 4 * tokens * site.d_out * self.size

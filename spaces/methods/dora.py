@@ -47,7 +47,7 @@ class DoRA(LoRA):
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         plain = y if p.bias is None else y - p.bias
-        turned = ops.low_rank(x, plain, p.A, p.B, self.scale(p))
+        turned = ops.low_rank(x, plain, p.each("A"), p.each("B"), self.scale(p))
         return y + (p.ratio.unsqueeze(1) * turned - plain)  # exactly y where nothing has changed
 
     def in_peft(self, site: Site) -> PeftForm:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftscape.spaces.methods.base import Method, Tensor, Tensors
 
 if TYPE_CHECKING:
-    from peftscape.spaces.sites import Site
+    from peftscape.spaces.sites import Site, SiteMap
 
 
 class FullFinetuning(Method):
@@ -21,6 +21,9 @@ class FullFinetuning(Method):
     default_sites = ("model",)
     merges = True
     alone = True
+
+    def takes(self, site: Site, sites: SiteMap) -> bool:
+        return not sites.quantised  # 4-bit weights do not train
 
     def tensors(self, site: Site) -> Tensors:
         return {"delta": Tensor((site.d_out,))}

@@ -40,7 +40,7 @@ class LNTuning(Method):
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         change = p.normalise(x) * p.gain.unsqueeze(1)
-        return y + change + (p.shift.unsqueeze(1) if "shift" in vars(p) else 0)
+        return y + change + (p.shift.unsqueeze(1) if hasattr(p, "shift") else 0)
 
     def in_peft(self, site: Site) -> PeftForm:
         # peft keeps the norm itself, not its change.

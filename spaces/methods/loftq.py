@@ -36,10 +36,10 @@ class LoftQ(LoRA):
     def start(self, site: Site, frozen: Mapping[str, Any], source: torch.Generator) -> dict[str, Array]:
         import torch
 
-        lost = frozen.get("residual")  # W - Q
+        lost = frozen.get("residual")  # gives W - Q
         if lost is None:
             a = torch.empty(self.rank, site.d_in).uniform_(-1, 1, generator=source) / math.sqrt(site.d_in)
             return {"A": a, "B": torch.zeros(site.d_out, self.rank)}
-        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        left, sizes, right = torch.linalg.svd(lost().to(torch.float32), full_matrices=False)
         root = (sizes[: self.rank] / self.factor).sqrt()
         return {"A": root.unsqueeze(1) * right[: self.rank], "B": left[:, : self.rank] * root}

@@ -60,7 +60,7 @@ class LoRA(Method):
         }
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return ops.low_rank(x, y, p.A, p.B, self.scale(p), rank=p.rank)
+        return ops.low_rank(x, y, p.each("A"), p.each("B"), self.scale(p))
 
     def flops(self, site: Site, tokens: int) -> int:
         return 2 * tokens * self.rank * (site.d_in + site.d_out)

@@ -20,6 +20,7 @@ class LoReFT(Method):
     R and W in R^{r x d}, b in R^r, the rows of R orthonormal: what trains is V in R^{r x d}, R^T the first factor of
     V^T = R^T U with U upper triangular, its diagonal positive. W is drawn at random as in the paper's code, so that
     no start equals the backbone. Virtual tokens count as the first of their text.
+    A language model's tokens are those of the prompt, as in the paper's generation tasks.
     """
 
     name, category = "loreft", "reparameterised"
@@ -49,8 +50,9 @@ class LoReFT(Method):
 
         change = torch.baddbmm(p.b.unsqueeze(1), y, (p.W - p.R).mT) @ p.R
         text, first, last = p.text, p.first.squeeze(-1), p.last.squeeze(-1)
-        here = (text.place < first) | (text.place >= text.length - last)
-        inside = here & (text.row < text.texts)
+        end = text.length if text.context is None else text.context
+        here = (text.place < first) | (text.place >= end - last)
+        inside = here & (text.place < end) & (text.row < text.texts)
         return y + torch.where(inside.unsqueeze(-1), change, change.new_zeros(()))
 
     def flops(self, site: Site, tokens: int) -> int:

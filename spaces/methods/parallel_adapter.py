@@ -22,7 +22,7 @@ class ParallelAdapter(Bottleneck):
     scale: float = knob(log_uniform(0.25, 8), default=4.0)
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return ops.adapter(y, p.down, p.down_bias, p.up, p.up_bias, self.activation, x=x, scale=p.scale, size=p.size)
+        return ops.adapter(y, *self.weights(p), self.activation, x=x, scale=p.scale)
 
     def keeps(self, site: Site) -> tuple[str, ...]:
         return ("x",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftscape.spaces import ops
 from peftscape.spaces.methods.base import Lanes
 from peftscape.spaces.methods.bottleneck import Bottleneck
-from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -33,8 +33,9 @@ class PfeifferAdapter(Bottleneck):
         return site.layer >= 0 and site == norms[-1]
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        change = ops.bottleneck(y, p.down, p.down_bias, p.up, p.up_bias, self.activation)
-        return p.norm(x + change) if hasattr(p, "norm") else y + change
+        if hasattr(p, "norm"):
+            return p.norm(ops.adapter(x, *self.weights(p), self.activation, x=y))
+        return ops.adapter(y, *self.weights(p), self.activation)
 
     def saved_floats(self, site: Site, tokens: int) -> int:
         again = site.d_out + 2 if site.kind == "norm" else 0  # the second LayerNorm: its input, mean and deviation

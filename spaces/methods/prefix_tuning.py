@@ -10,7 +10,7 @@ from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
 from peftscape.spaces.peft_form import PeftForm
 
 if TYPE_CHECKING:
-    from peftscape.spaces.methods.base import Array, Own
+    from peftscape.spaces.methods.base import Each, Own
     from peftscape.spaces.sites import Site
 
 
@@ -34,8 +34,8 @@ class PrefixTuning(Method):
         shape = (self.length, site.d_out)
         return {"keys": Tensor(shape, init="normal"), "values": Tensor(shape, init="normal")}
 
-    def prefix(self, p: Lanes) -> tuple[Array, Array]:
-        return p.keys, p.values
+    def prefix(self, p: Lanes) -> tuple[Each, Each]:
+        return p.each("keys"), p.each("values")
 
     def prefix_length(self) -> int:
         return self.length

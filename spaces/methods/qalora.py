@@ -32,7 +32,7 @@ class QALoRA(LoRA):
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         sums = x.reshape(*x.shape[:-1], -1, self.group).sum(dim=-1)
-        return ops.low_rank(sums, y, p.A, p.B, self.scale(p))
+        return ops.low_rank(sums, y, p.each("A"), p.each("B"), self.scale(p))
 
     def flops(self, site: Site, tokens: int) -> int:
         return 2 * tokens * self.rank * (site.d_in // self.group + site.d_out)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from peftscape.spaces import ops
 from peftscape.spaces.methods.base import Lanes, Tensor, Tensors
 from peftscape.spaces.methods.bottleneck import Bottleneck
-from peftscape.spaces.ops import reference as ops
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -36,7 +36,7 @@ class ResidualAdapter(Bottleneck):
         # W_down (n * gain + shift) as (W_down * gain) n + W_down shift: the tokens are multiplied and kept once.
         down = p.down * p.gain.unsqueeze(1)
         down_bias = p.down_bias + torch.bmm(p.down, p.shift.unsqueeze(-1)).squeeze(-1)
-        return y + ops.bottleneck(normed, down, down_bias, p.up, p.up_bias, self.activation)
+        return ops.adapter(y, down, down_bias, p.up, p.up_bias, self.activation, x=normed, size=p.size)
 
     def saved_floats(self, site: Site, tokens: int) -> int:
         # Besides y: its mean and deviation, and y normed.

@@ -22,4 +22,4 @@ class SequentialAdapter(Bottleneck):
     activation: str = knob(ACTIVATIONS, default="gelu")
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
-        return ops.adapter(y, p.down, p.down_bias, p.up, p.up_bias, self.activation, size=p.size)
+        return ops.adapter(y, *self.weights(p), self.activation)

@@ -30,5 +30,8 @@ class WeightChange(Method):
     def flops(self, site: Site, tokens: int) -> int:
         return 2 * tokens * site.d_in * site.d_out
 
+    def first_flops(self, site: Site, tokens: int) -> int:
+        return self.flops(site, tokens)  # one product
+
     def keeps(self, site: Site) -> tuple[str, ...]:
         return ("x",)  # for the gradient of D

@@ -241,7 +241,7 @@ def test_loftq_starts_as_the_best_answer_to_the_quantisation() -> None:
     weight = torch.randn(site.d_out, site.d_in, generator=torch.Generator().manual_seed(0))
     lost = weight - (weight * 4).round() / 4
     method = LoftQ(rank=5, alpha=10.0)
-    own = method.start(site, {"weight": weight - lost, "residual": lost}, torch.Generator())
+    own = method.start(site, {"weight": weight - lost, "residual": lambda: lost}, torch.Generator())
     theirs = _low_rank_decomposition(lost, reduced_rank=5)  # peft's, which has no scaling
     torch.testing.assert_close(2 * own["B"] @ own["A"], theirs["L"] @ theirs["R"])
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from peftscape.search.lane import Lane
 from peftscape.spaces.price import adapter_size
+from peftscape.spaces.sites import site_map
 from peftscape.spaces.words import InputError
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -314,3 +315,17 @@ def test_what_lies_below_the_layers_is_never_dropped() -> None:
         own.unfold(training)
         for row, site in zip(own.seen[0], own.sites[0], strict=True):
             assert int(row["keep"]) == 1 or (training and site.layer == 0)
+
+
+def test_a_gate_on_norms_of_single_heads_is_refused() -> None:
+    """Qwen3 norms the queries of each head by itself: such a norm is called with tokens x heads, not with texts."""
+    sites = site_map(
+        {
+            "model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "vocab_size": 60,
+        }
+    )  # fmt: skip
+    row = {"method": "ln_tuning", "gate": True}
+    assert design(row).check(sites) == ["placements[0].gate: the norms of single heads of this qwen3 see no text"]
+    assert design({**row, "after": "attention"}).check(sites) == []
+    assert design({"method": "ln_tuning"}).check(sites) == []

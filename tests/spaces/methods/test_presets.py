@@ -39,6 +39,8 @@ COUNTS = {
     "adapterdrop_robust": L * ONE,
     "compacter": 2 * L * (2 * (D + 24) + 24 + D) + 4**3,
     "compacter_pp": L * (2 * (D + 24) + 24 + D) + 4**3,
+    # Twelve side layers of 96, thirteen projections down to them and one up, with biases.
+    "lst": L * (12 * 96**2 + 2 * 96 + 1) + 13 * (D * 96 + 96) + 96 + D * 96 + D,
     "prefix_mlp": mlp(20, 512),
     "hadamard": 2 * D * L + 2 * D * L,
     "mam": L * (2 * D * 512 + 512 + D) + mlp(30, 512),

@@ -6,6 +6,7 @@ A method that makes weights does so once a step, which no sequence is charged wi
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,8 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "ln_tuning": {"method": "ln_tuning"},
     "hadamard": {"method": "hadamard_adapter"},
 }
-cases = pytest.mark.parametrize(("name", "family"), [(name, family) for name in PLACEMENTS for family in CONFIGS])
+# Each on one of the two, in turn: what a method adds to a site hangs on the site's widths alone.
+cases = pytest.mark.parametrize(("name", "family"), list(zip(PLACEMENTS, itertools.cycle(CONFIGS), strict=False)))
 
 
 def run(of: Design, family: str, batch: int, tokens: int) -> tuple[Cohort, Callable[[], torch.Tensor]]:
@@ -106,5 +108,4 @@ def test_flops_of_a_further_sequence_are_what_torch_counts(name: str, family: st
             forward().backward()  # type: ignore[no-untyped-call]
         counted.append(both.get_total_flops())
     told = costs(of, shared.backbone.sites, outputs=2, tokens=tokens, batch=4)
-    # In the lowest layer the price does not see that a changed input needs the frozen linear's gradient: 2 % of this.
-    assert (counted[1] - counted[0]) / 2 == pytest.approx(told.train_flops, rel=0.025)
+    assert (counted[1] - counted[0]) / 2 == pytest.approx(told.train_flops, rel=0.005)
