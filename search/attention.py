@@ -6,33 +6,64 @@ through that interface never calls it, and `calls` shows that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from peftscape.spaces import ops
+from peftscape.spaces.ops.choose import noting
+from peftscape.spaces.ops.reference import stacked
+
 if TYPE_CHECKING:
     from peftscape.search.packing import Batch, LengthClass
+    from peftscape.spaces.sites import Site
+
+Relative = Callable[[Tensor, int, int], Tensor]
 
 NAME = "peftscape"
 
 
 @dataclass
 class Prefix:
-    """Keys and values that lanes `first` to before `stop` add in one layer: lanes x length x d_kv.
+    """Keys and values that lanes `first` to before `stop` add in one layer: of each lane length x d_kv.
 
-    `gate` gives lanes x texts x 1, what keys and values are multiplied with for each text.
+    `gate` gives lanes x texts x 1, what keys and values are multiplied with for each text. `ran` gets the kernel's name
+    where it runs.
     """
 
     first: int
     stop: int
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
+    keys: Tensor | Sequence[Tensor]
+    values: Tensor | Sequence[Tensor]
+    lengths: Sequence[int]
     gate: Callable[[], Tensor] | None = None
+    ran: Sequence[set[str]] = ()
+
+    @cached_property
+    def own(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Unpadded, a tensor for each lane."""
+        keys, values = (
+            [t[:n] if len(t) > n else t for t, n in zip(part, self.lengths, strict=True)]
+            for part in (self.keys, self.values)
+        )
+        return keys, values
+
+    def padded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """lanes x longest x d_kv twice, and what hides the padding: lanes x 1 x 1 x longest. Made once a pass."""
+        if self._padded is None:
+            keys, values = stacked(self.keys, dtype), stacked(self.values, dtype)
+            lengths = torch.tensor(self.lengths, device=keys.device)
+            inside = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
+            hidden = torch.zeros((), dtype=dtype).where(inside, torch.finfo(dtype).min)[:, None, None, :]
+            self._padded = keys, values, hidden
+        return self._padded
+
+    _padded: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -41,8 +72,9 @@ class Attending:
 
     batch: Batch | None = None
     causal: bool = False
-    prefixes: dict[int, list[Prefix]] = field(default_factory=dict)  # by layer
+    prefixes: dict[str, list[Prefix]] = field(default_factory=dict)  # by the path of the attention
     calls: dict[int, int] = field(default_factory=dict)  # by layer
+    relative: dict[str, Any] = field(default_factory=dict)  # T5's modules with a table of positions, by stack
 
 
 def register() -> None:
@@ -70,18 +102,21 @@ def attend(
         lanes x tokens x heads x head_dim, and no weights.
     """
     run: Attending = module.peftscape_attending  # type: ignore[assignment]
-    layer: int = module.peftscape_layer  # type: ignore[assignment]
-    run.calls[layer] = run.calls.get(layer, 0) + 1
+    site: Site = module.peftscape_site  # type: ignore[assignment]
+    run.calls[site.layer] = run.calls.get(site.layer, 0) + 1
     if more.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not supported")
     batch = run.batch
     if batch is None:  # the probe that looks whether this function is called at all
         return torch.zeros_like(query).transpose(1, 2), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if batch.source is not None:
+        return _attend_padded(batch, batch.source, site, query, key, value, run=run, scale=scale, more=more), None
+    prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
     q, k, v = (_to_rows(t, batch) for t in (query, key, value))
     sizes = [len(c.rows) * c.length for c in batch.classes]
     outputs = [
-        _attend_class(c, *parts, run=run, layer=layer, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
+        _attend_class(c, *parts, run=run, prefixes=prefixes, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
         for c, *parts in zip(batch.classes, *(torch.split(t, sizes) for t in (q, k, v)), strict=True)
     ]
     rows = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -126,7 +161,7 @@ def _attend_class(
     v: Tensor,
     *,
     run: Attending,
-    layer: int,
+    prefixes: list[Prefix],
     scale: float,
     more: dict[str, Any],
 ) -> Tensor:
@@ -140,14 +175,66 @@ def _attend_class(
         allowed = allowed & near
     bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
     softcap = more.get("softcap")
+    keys, values = ([t for p in prefixes for t in p.own[i]] for i in (0, 1))
+    if prefixes and softcap is None and not any(p.gate for p in prefixes):
+        with noting([ran for p in prefixes for ran in p.ran]):
+            fused = ops.attends_fused(q, keys, values)
+        if fused:
+            return ops.prefix_attention(
+                q, k, v, keys, values, _owners(prefixes, rows), valid=rows.valid, causal=run.causal,
+                window=more.get("sliding_window"), scale=scale,
+            )  # fmt: skip
+    bias = bias.expand(len(rows.rows), -1, -1, -1)
+    return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, softcap)
 
-    prefixes = sorted(run.prefixes.get(layer, []), key=lambda p: p.first)
+
+def _attend_padded(
+    batch: Batch, source: Batch, site: Site, q: Tensor, k: Tensor, v: Tensor, *, run: Attending, scale: float,
+    more: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Attention of an encoder-decoder, whose texts lie in rows of their own: rows x heads x length x head_dim in.
+
+    T5 adds a bias by distance to the scores; a prefix lies before the text, as in transformers' cache.
+    """
+    rows = (batch if site.stack == "decoder" else source).padded_rows
+    allowed = rows.valid[:, None, None, :]
+    if site.stack == "decoder":
+        place = torch.arange(rows.length, device=q.device)
+        allowed = allowed & (place[:, None] >= place)
+    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
+    if more.get("position_bias") is not None:
+        bias = bias + more["position_bias"]
+    bias = bias.expand(-1, -1, q.shape[2], -1)
+    table = run.relative.get(site.stack)
+    relative = None if table is None else partial(_bias_before, table)
+    prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
+    return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, None, relative)
+
+
+def _bias_before(table: Any, lengths: Tensor, width: int, queries: int) -> Tensor:
+    """T5's bias of a text's tokens for prefixes of these lengths before it: rows x heads x queries x width."""
+    place = torch.arange(queries, device=lengths.device)[:, None]
+    distance = torch.arange(width, device=lengths.device) - place - lengths[:, None, None]
+    buckets = table._relative_position_bucket(
+        distance,
+        bidirectional=not table.is_decoder,
+        num_buckets=table.relative_attention_num_buckets,
+        max_distance=table.relative_attention_max_distance,
+    )
+    found: Tensor = table.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+    return found
+
+
+def _attend_by_prefix(
+    rows: LengthClass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefixes: list[Prefix], scale: float,
+    softcap: float | None, relative: Relative | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of padded rows, those of lanes with a prefix behind it."""
     cuts = [rows.before(lane) for p in prefixes for lane in (p.first, p.stop)]
     sizes = [stop - start for start, stop in pairwise([0, *cuts, len(rows.rows)])]
     owners = [None, *(who for p in prefixes for who in (p, None))]
-    bias = bias.expand(len(rows.rows), -1, -1, -1)
     outputs = [
-        _softmax_attention(*_with_prefix(owner, rows, start, *parts), scale, softcap)
+        _softmax_attention(*_with_prefix(owner, relative, rows, start, *parts), scale, softcap)
         for owner, start, *parts in zip(
             owners, [0, *cuts], *(torch.split(t, sizes) for t in (q, k, v, bias)), strict=True
         )
@@ -157,30 +244,41 @@ def _attend_class(
 
 
 def _with_prefix(
-    prefix: Prefix | None, rows: LengthClass, start: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    prefix: Prefix | None, relative: Relative | None, rows: LengthClass, start: int, q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys, values and bias of rows from `start` on, the keys and values behind their lane's prefix."""
     if prefix is None:
         return q, k, v, bias
     mine = slice(start, start + len(q))
     which = torch.from_numpy(rows.lanes[mine] - prefix.first).to(q.device)
-    keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3])
+    keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3], k.dtype)
     if prefix.gate is not None:
         gate = prefix.gate()
         text = torch.from_numpy(rows.rows[mine] % gate.shape[1]).to(q.device)
         weight = gate[which, text][:, :, None, None]
         keys, values = keys * weight, values * weight
-    hidden = hidden.expand(-1, -1, bias.shape[2], -1)
+    if relative is not None:
+        lengths = torch.tensor(prefix.lengths, device=q.device)
+        hidden = hidden + relative(lengths[which], hidden.shape[-1], q.shape[2])
+    hidden = hidden.expand(-1, bias.shape[1], bias.shape[2], -1)
     return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), torch.cat([hidden, bias], dim=-1)
 
 
-def _prefix_rows(prefix: Prefix, which: Tensor, kv_heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _owners(prefixes: Sequence[Prefix], rows: LengthClass) -> list[int]:
+    """Of each row the number of its lane's prefix among all of these, -1 for none."""
+    lanes = [lane for p in prefixes for lane in range(p.first, p.stop)]
+    number = {lane: i for i, lane in enumerate(lanes)}
+    return [number.get(lane, -1) for lane in rows.lanes.tolist()]
+
+
+def _prefix_rows(
+    prefix: Prefix, which: Tensor, kv_heads: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """The lanes' prefixes for their rows (rows x kv heads x length x head_dim), and what hides the padding."""
-    length = prefix.keys.shape[1]
-    split = [t.view(-1, length, kv_heads, width).transpose(1, 2) for t in (prefix.keys, prefix.values)]
-    inside = torch.arange(length, device=prefix.keys.device) < prefix.lengths[:, None]
-    low = torch.finfo(prefix.keys.dtype).min
-    hidden = torch.zeros((), dtype=prefix.keys.dtype).where(inside, low)[:, None, None, :]
+    keys, values, hidden = prefix.padded(dtype)
+    length = keys.shape[1]
+    split = [t.view(-1, length, kv_heads, width).transpose(1, 2) for t in (keys, values)]
     return split[0].index_select(0, which), split[1].index_select(0, which), hidden[which]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from peftscape.search import attention
+from peftscape.search import attention, quantised
 from peftscape.search.attention import Attending
+from peftscape.search.quantised import QUANTISED
 from peftscape.spaces.sites import Site, SiteMap, site_map
 from peftscape.spaces.words import InputError
 
@@ -28,6 +30,7 @@ class Backbone:
         tokenizer: None for models made from a configuration.
         source: the folder or hub id it came from.
         missing: weights that the checkpoint has not, made up at random by transformers.
+        quantised: how its layers' linears are held, `nf4` or `nf4-dq`; empty where they are numbers.
     """
 
     model: nn.Module
@@ -36,9 +39,11 @@ class Backbone:
     tokenizer: Any = None
     source: str = ""
     missing: frozenset[str] = frozenset()
+    quantised: str = ""
     attending: Attending = field(default_factory=Attending)
 
     def __post_init__(self) -> None:
+        self._restored: WeakValueDictionary[Site, Tensor] = WeakValueDictionary()
         self.model.eval().requires_grad_(False)
         self.attending.causal = self.sites.causal
         if self.sites.attention_interface:
@@ -46,8 +51,13 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights and of the computation."""
-        return next(self.model.parameters()).dtype
+        """Of the computation, and of the frozen weights where they are not quantised."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def precision(self) -> str:
+        """How the frozen weights are held: `nf4`, `nf4-dq` or the name of their dtype."""
+        return self.quantised or str(self.dtype).removeprefix("torch.")
 
     @property
     def master_dtype(self) -> torch.dtype:
@@ -73,20 +83,41 @@ class Backbone:
     def frozen(self, site: Site) -> dict[str, Any]:
         """The frozen `weight` (d_out x d_in; a norm's gain) and `bias` (or None) of a linear or a norm.
 
-        A norm has `normalise` too, its input normalised, before gain and bias, and `norm`, all of it. A module that is
-        no linear and no norm has nothing.
+        A norm has `normalise` too, its input normalised, before gain and bias, and `norm`, all of it. A ladder has
+        `linear`, which gives the weight of a layer's linear by its kind, and `queries`, the heads and the key heads. A
+        linear in 4 bits has `residual`, which gives what its rounding lost. What is none of these has nothing.
         """
+        if site.kind == "ladder":
+            return {"linear": self.linear, "queries": (self.sites.heads, self.sites.kv_heads)}
         module: Any = self.model.get_submodule(site.path)
         if not hasattr(module, "weight"):
             return {}
-        weight, bias = module.weight.detach(), getattr(module, "bias", None)
-        assert isinstance(weight, Tensor)
-        if site.transposed:
-            weight = weight.T
-        if site.span is not None:
-            weight, bias = weight[slice(*site.span)], None if bias is None else bias[slice(*site.span)]
+        weight, bias = self._weight(module, site), getattr(module, "bias", None)
+        if site.span is not None and bias is not None:
+            bias = bias[slice(*site.span)]
         found: dict[str, Any] = {"weight": weight, "bias": None if bias is None else bias.detach()}
+        if quantised.is_packed(module):
+            found["residual"] = lambda: quantised.written(self.source, self.sites, site).to(weight) - weight
         return found | ({"normalise": normaliser(module), "norm": module.forward} if site.kind == "norm" else {})
+
+    def _weight(self, module: Any, site: Site) -> Tensor:
+        """d_out x d_in. One that was restored from 4 bits is the same for all who hold it."""
+        if site in self._restored:
+            return self._restored[site]
+        weight = quantised.held(module)
+        assert weight is not None
+        packed = quantised.is_packed(module)
+        weight = weight.detach().T if site.transposed and not packed else weight.detach()
+        weight = weight if site.span is None else weight[slice(*site.span)]
+        if packed:
+            self._restored[site] = weight
+        return weight
+
+    def linear(self, layer: int, kind: str) -> Tensor:
+        """The frozen weight of a layer's linear, d_out x d_in."""
+        [site] = [s for s in self.sites.sites if s.layer == layer and s.kind == kind]
+        weight: Tensor = self.frozen(site)["weight"]
+        return weight
 
     @classmethod
     def load(
@@ -112,22 +143,30 @@ class Backbone:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model, loading = AutoModel.from_pretrained(
-                source,
-                config=config,
-                dtype=DTYPES[resolve_dtype(dtype)],
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            sites = replace(site_map(config.to_dict(), overrides), quantised=dtype in QUANTISED)
+            if sites.quantised:
+                compute = DTYPES[resolve_dtype("auto")]
+                model, loading = quantised.load(source, config, sites, dtype, compute, device, trust_remote_code)
+            else:
+                model, loading = AutoModel.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=DTYPES[resolve_dtype(dtype)],
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                model = model.to(device)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(source, [f"transformers cannot load it: {first}"]) from error
-        sites = site_map(config.to_dict(), overrides)
         missing = frozenset(loading["missing_keys"])
         if lost := sorted(name for name in missing if not name.startswith("pooler.")):
             raise InputError(source, [f"the checkpoint lacks weights of {type(model).__name__}: {', '.join(lost[:5])}"])
-        return cls(model.to(device), config, sites, tokenizer, source, missing)
+        held = dtype if sites.quantised else ""
+        return cls(model, config, sites, tokenizer, source, missing, held)
 
     @classmethod
     def from_config(cls, config: Any, *, dtype: str = "float32", seed: int = 0) -> Backbone:
@@ -144,7 +183,7 @@ class Backbone:
         import copy
 
         model = copy.deepcopy(self.model)
-        return Backbone(model, model.config, self.sites, self.tokenizer, self.source, self.missing)
+        return Backbone(model, model.config, self.sites, self.tokenizer, self.source, self.missing, self.quantised)
 
     def _take_attention(self) -> None:
         attention.register()
@@ -153,7 +192,9 @@ class Backbone:
             if site.kind == "kv":
                 module = self.model.get_submodule(site.path)
                 module.peftscape_attending = self.attending  # type: ignore[assignment]
-                module.peftscape_layer = site.layer  # type: ignore[assignment]
+                module.peftscape_site = site  # type: ignore[assignment]
+                if getattr(module, "has_relative_attention_bias", False):
+                    self.attending.relative[site.stack] = module
         # Each model object has a configuration of its own: the one the modules read is set through the model.
         self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
 
@@ -175,7 +216,7 @@ def normaliser(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 def resolve_dtype(dtype: str) -> str:
     """`auto` is bfloat16 where the processor multiplies it in hardware, float32 elsewhere."""
     if dtype not in (*DTYPES, "auto"):
-        raise InputError("dtype", [f'no dtype "{dtype}". There are: auto, {", ".join(DTYPES)}'])
+        raise InputError("dtype", [f'no dtype "{dtype}". There are: auto, {", ".join((*DTYPES, *QUANTISED))}'])
     if dtype != "auto":
         return dtype
     return "bfloat16" if has_bfloat16() else "float32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from peftscape.search.attention import Prefix
 from peftscape.search.groups import Group, Stage, stages
+from peftscape.spaces.sites import EVERYWHERE
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.lane import Lane
     from peftscape.search.packing import Batch
+    from peftscape.spaces.sites import Site
 
 
 class _Around(nn.Module):
@@ -39,15 +41,19 @@ class Forward:
         self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
+        self._entered: dict[int, Tensor] = {}  # states by the number of layers that they have passed
+        self.rungs: list[int] = []  # of all lanes' side networks
         self._read: Tensor | None = None
         self._model = backbone.model
+        self._source_paths = {site.path for site in backbone.sites.sites if site.reads_source}
         self._blocks = [site.path for site in backbone.sites.sites if site.kind == "block"]
 
-    def states(self, batch: Batch, start: int = 0, given: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+    def states(self, batch: Batch, start: int, given: Mapping[int, Tensor], read: Tensor | None) -> Tensor:
         """The last hidden states of all tokens, or of those that are read, flat.
 
         Args:
-            start, given: the layer to begin with and the states that enter it; the layers below do not run.
+            start: the layer to begin with; the layers below do not run if `given` has what enters it.
+            given: states by the number of layers that they have passed: those at `start`, and at the rungs below.
             read: flat numbers of the tokens that the head reads, as many of each lane.
         """
         if read is not None and start < len(self._blocks) and (path := self._after_attention()):
@@ -65,13 +71,17 @@ class Forward:
         own = [s.path for s in sites.sites if s.kind == "o" and s.layer == sites.layers - 1]
         if sites.norm_place != "post" or not own or not own[0].endswith("attention.output.dense"):
             return None
+        if self.rungs:
+            return None
         for stage in self._stages:
             late = stage.site.layer == sites.layers - 1 and stage.site.kind not in ("q", "k", "v", "kv")
             if late and any(g.placement.gate or g.method.needs_text for g in stage.groups):
                 return None
         return own[0].removesuffix(".dense")
 
-    def _run_reading(self, batch: Batch, start: int, given: Tensor | None, read: Tensor, path: str) -> Tensor:
+    def _run_reading(
+        self, batch: Batch, start: int, given: Mapping[int, Tensor], read: Tensor, path: str
+    ) -> Tensor:  # fmt: skip
         def only_read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(self._picked(x) for x in args)
 
@@ -89,13 +99,14 @@ class Forward:
         flat = x.reshape(-1, x.shape[-1]).index_select(0, self._read)
         return flat.view(len(x), -1, x.shape[-1])
 
-    def _run_from(self, batch: Batch, start: int, given: Tensor | None) -> Tensor:
-        if given is None:
+    def _run_from(self, batch: Batch, start: int, given: Mapping[int, Tensor]) -> Tensor:
+        if start not in given:
             return self.model_states(batch)
         skipped = [self.backbone.model.get_submodule(path) for path in self._blocks[:start]]
+        self._entered |= given
         try:
             for module in skipped:
-                module.forward = lambda *args, **kwargs: given
+                module.forward = lambda *args, **kwargs: given[start]
             return self.model_states(batch)
         finally:
             for module in skipped:
@@ -104,26 +115,61 @@ class Forward:
     def model_states(self, batch: Batch) -> Tensor:
         """The last hidden states of all tokens, flat, with all layers run that are not replaced."""
         model, attending = self._model, self.backbone.attending
-        inputs: dict[str, Any] = {"position_ids": batch.positions}
+        inputs: dict[str, Any] = {}
+        if batch.source is None:
+            inputs["position_ids"] = batch.positions
+        else:  # its texts lie in rows of their own, where positions follow from the array
+            inputs["decoder_input_ids"] = batch.ids
         if batch.types is not None:
             inputs["token_type_ids"] = batch.types
         if batch.mask is not None:
-            inputs["attention_mask"] = batch.mask
-        if self.backbone.sites.causal:
+            inputs["attention_mask"] = batch.mask if batch.source is None else batch.source.mask
+        if self.backbone.sites.causal or batch.source is not None:
             inputs["use_cache"] = False
-        prompts = self._groups("input")
+        prompts, first = self._groups("input"), batch.source or batch
         if prompts:
-            inputs["inputs_embeds"] = self._with_prompts(prompts, batch)
+            inputs["inputs_embeds"] = self._with_prompts(prompts, first)
         else:
-            inputs["input_ids"] = batch.ids
+            inputs["input_ids"] = first.ids
         attending.batch, attending.prefixes = batch, self._prefixes(batch)
+        placed = self._place_target(batch)
         try:
-            out = model(**inputs)
+            states = self._climbed(model(**inputs).last_hidden_state, batch)
         finally:
             attending.batch, attending.prefixes = None, {}
+            if placed is not None:
+                placed.remove()
             self._inputs.clear()
-        states: Tensor = out.last_hidden_state
+            self._entered.clear()
         return states.reshape(-1, states.shape[-1])
+
+    def _place_target(self, batch: Batch) -> RemovableHandle | None:
+        """Where an encoder-decoder learns positions: the target's own, moved behind its lane's prefix."""
+        if batch.source is None or self.backbone.sites.positions != "absolute":
+            return None
+
+        def place(module: Any, args: Any, output: Tensor) -> Tensor:
+            return nn.functional.embedding(batch.positions + module.offset, module.weight)
+
+        return self._module("decoder.embed_positions").register_forward_hook(place)
+
+    def _climbed(self, states: Tensor, batch: Batch) -> Tensor:
+        """The last states, and in their place what side networks give, for the lanes that have one."""
+        for stage in self._stages:
+            if stage.site.kind == "ladder":
+                sizes, who = stage.segments(self.lanes)
+                states = _join(
+                    last if group is None else self._climb(group, batch).to(last)
+                    for group, last in zip(who, torch.split(self._by_lane(states), sizes), strict=True)
+                )
+        return states
+
+    def _climb(self, group: Group, batch: Batch) -> Tensor:
+        read = [
+            self._by_lane(self._entered[n]).narrow(0, group.first, group.count).detach()
+            for n in group.method.rungs(group.site)
+        ]
+        return group.method.ladder(group.values(read[0].dtype, batch), read, self.backbone.sites.causal)
 
     def with_own_weights(self, run: Callable[[], Tensor]) -> Tensor:
         """Run with the changed weights of a lane that trains them all, the pooler that its head reads among them."""
@@ -154,15 +200,15 @@ class Forward:
                 flat = flat.index_copy(0, mine.reshape(-1), rows)
         return flat.view_as(embedded)
 
-    def _prefixes(self, batch: Batch) -> dict[int, list[Prefix]]:
-        prefixes: dict[int, list[Prefix]] = {}
+    def _prefixes(self, batch: Batch) -> dict[str, list[Prefix]]:
+        prefixes: dict[str, list[Prefix]] = {}
         dtype = self.backbone.dtype
         for group in self._groups("kv"):
             keys, values = group.method.prefix(group.values(dtype))
-            lengths = torch.tensor([len(m["keys"]) for m in group.members], device=keys.device)
-            gate = partial(self._gate, group, batch) if group.placement.gate else None
-            prefixes.setdefault(group.site.layer, []).append(
-                Prefix(group.first, group.first + group.count, keys, values, lengths, gate)
+            lengths = [len(m["keys"]) for m in group.members]
+            gate = partial(self._gate, group, self._texts(group.site, batch)) if group.placement.gate else None
+            prefixes.setdefault(group.site.path, []).append(
+                Prefix(group.first, group.first + group.count, keys, values, lengths, gate, group.ran)
             )
         return prefixes
 
@@ -189,7 +235,7 @@ class Forward:
         for stage in self._stages:
             if stage.site.kind == "kv" and any(group.placement.gate for group in stage.groups):
                 read[stage.site.path] = None
-            if stage.site.kind in ("kv", "input", "model"):
+            if stage.site.kind in ("kv", *EVERYWHERE):
                 continue
             side = stage.groups[0].method.side(stage.site)
             if side != "output":
@@ -204,6 +250,14 @@ class Forward:
             self._hooks.append(hook)
         for path, here in outputs.items():
             self._hooks.append(self._module(path).register_forward_hook(self._change_output(here)))
+        self.rungs = sorted({n for group in self._groups("ladder") for n in group.method.rungs(group.site)})
+        for n in self.rungs:
+            module = self._module(self._blocks[max(n - 1, 0)])
+            if n == 0:
+                hook = module.register_forward_pre_hook(self._keep_entering, with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(self._keep_passed(n))
+            self._hooks.append(hook)
 
     def _module(self, path: str) -> nn.Module:
         return self.backbone.model.get_submodule(path)
@@ -211,6 +265,16 @@ class Forward:
     def _keep_input(self, source: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inputs[source] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _keep_entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_passed(self, layers: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # A layer that is skipped gives what enters the first that runs; its own states are there already.
+            self._entered.setdefault(layers, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
@@ -223,7 +287,7 @@ class Forward:
             for stage in here:
                 sizes, who = stage.segments(len(x))
                 x = _join(
-                    part if group is None else group.input(part, batch)
+                    part if group is None else group.input(part, self._texts(group.site, batch))
                     for group, part in zip(who, torch.split(x, sizes), strict=True)
                 )
             return (x.view(args[0].shape), *args[1:])
@@ -241,12 +305,13 @@ class Forward:
                 x = self._by_lane(self._inputs[stage.site.source] if stage.site.source else args[0])
                 if x.shape[1] != y.shape[1]:  # what it read before the tokens that no head reads were left out
                     x = self._picked(x)
+                texts = self._texts(stage.site, batch)
                 if stage.site.span is None:
-                    y = _adapt(stage, x, y, batch)
+                    y = _adapt(stage, x, y, texts)
                 else:  # this site's columns of a fused linear
                     start, stop = stage.site.span
                     left, mine, right = torch.split(y, [start, stop - start, y.shape[-1] - stop], dim=-1)
-                    y = torch.cat([left, _adapt(stage, x, mine, batch), right], dim=-1)
+                    y = torch.cat([left, _adapt(stage, x, mine, texts), right], dim=-1)
             y = y.view(first.shape)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -257,7 +322,12 @@ class Forward:
         batch = self.backbone.attending.batch
         shape = x.shape[:-2] if x.ndim == 4 else x.shape[:-1]  # a norm of single heads reads tokens x heads x width
         read = None if self._read is None else len(self._read)
-        return batch is not None and shape.numel() not in (batch.ids.numel(), read)
+        source = None if batch is None or batch.source is None else batch.source.ids.numel()
+        return batch is not None and shape.numel() not in (batch.ids.numel(), source, read)
+
+    def _texts(self, site: Site, batch: Batch) -> Batch:
+        """The texts that a site sees: the source's or the target's in an encoder-decoder."""
+        return batch.source if batch.source is not None and site.path in self._source_paths else batch
 
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""

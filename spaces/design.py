@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftscape.spaces.compositions import GATE, Mask, Share, composed, dropped_below, shared_values, top, written
 from peftscape.spaces.methods.base import Method, Tensor, Tensors
+from peftscape.spaces.sites import EVERYWHERE, kind_in
 from peftscape.spaces.words import nearest
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Placement:
     def where(self, sites: SiteMap) -> tuple[Site, ...]:
         """The sites it adapts in this backbone."""
         chosen = range(-1, sites.layers) if self.layers == "all" else self.layers
-        here = (s for s in sites.sites if s.kind in self.sites and (s.layer in chosen or s.kind in ("input", "model")))
+        here = (s for s in sites.named(self.sites) if s.layer in chosen or s.kind in EVERYWHERE)
         return tuple(s for s in here if self.method.takes(s, sites))
 
     def maskable(self, tensor: Tensor) -> bool:
@@ -77,6 +78,10 @@ class Placement:
     def flops(self, site: Site, tokens: int) -> int:
         """Forward FLOPs at a site: the method's, and the gate's product with what its module reads."""
         return self.method.flops(site, tokens) + (2 * tokens * site.d_in if self.gate else 0)
+
+    def first_flops(self, site: Site, tokens: int) -> int:
+        """Of `flops` those of products with what the site reads, the gate's among them."""
+        return self.method.first_flops(site, tokens) + (tokens * site.d_in if self.gate else 0)
 
     def keeps(self, site: Site) -> tuple[str, ...]:
         """Tensors of the site's own that autograd keeps: see `Method.keeps`."""
@@ -213,13 +218,13 @@ class Design:
             if p.layers != "all" and (bad := [n for n in p.layers if not 0 <= n < sites.layers]):
                 errors.append(f"{at}.layers: {bad} of a backbone with layers 0 to {sites.layers - 1}")
                 continue
-            for kind in p.sites:
-                if kind in sites.refused:
-                    errors.append(f"{at}.sites: {kind}: {sites.refused[kind]}")
-                elif not any(s.kind == kind for s in sites.sites):
-                    errors.append(f'{at}.sites: this {sites.family} has no "{kind}"{nearest(kind, sites.kinds)}')
+            for name in p.sites:
+                if (kind := kind_in(name)) in sites.refused:
+                    errors.append(f"{at}.sites: {name}: {sites.refused[kind]}")
+                elif not sites.named((name,)):
+                    errors.append(f'{at}.sites: this {sites.family} has no "{name}"{nearest(name, sites.names)}')
             here = p.where(sites)
-            if not here and set(p.sites) & set(sites.kinds):
+            if not here and sites.named(p.sites):
                 errors.append(f"{at}.sites: {p.method.name} takes no {' or '.join(p.sites)} of this {sites.family}")
             reasons = {reason: None for s in here if (reason := p.method.check(s))}
             errors += [f"{at}.{reason}" for reason in list(reasons)[:3]]
@@ -229,6 +234,9 @@ class Design:
                 errors += [f"{at}.gate: the queries of this {sites.family} are not as wide as its hidden states"] * (
                     len(wide) > 0
                 )
+                # A norm of single heads is called with tokens x heads, in which no text is found.
+                if any(s.kind == "norm" and s.d_out != sites.d_model for s in here):
+                    errors.append(f"{at}.gate: the norms of single heads of this {sites.family} see no text")
         prefixed = [s.path for p in self.placements for s in p.where(sites) if s.kind == "kv"]
         if len(prefixed) > len(set(prefixed)):
             errors.append("placements: two prefixes on one layer; use one of their joint length")

@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeGuard
 
 from peftscape.spaces.compositions import read_compositions
 from peftscape.spaces.design import Design, Placement, Training
+from peftscape.spaces.knobs import MOST, is_finite
 from peftscape.spaces.methods import method
+from peftscape.spaces.sites import kind_in
 from peftscape.spaces.words import InputError, nearest
 
 #: What every placement may have besides its method's knobs.
@@ -78,6 +80,9 @@ def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
     own = {k: v for k, v in row.items() if k not in COMMON}
     _unknown(own, (*defaults, *COMMON), f"{at}.", errors)
     knobs = {k: _knob(v, defaults[k], f"{at}.{k}", errors) for k, v in own.items() if k in defaults}
+    if not kind.name.startswith("peft:"):
+        many = [k for k, v in knobs.items() if isinstance(v, int) and v > MOST]
+        errors += [f"{at}.{k}: more than {MOST:,}" for k in many]
     for name, domain in kind.domains().items():
         value = knobs.get(name)
         if isinstance(value, str):  # words are checked here; sizes and rates may lie outside what a search tries
@@ -93,7 +98,7 @@ def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
         errors.append(f"{at}.sites: a list of names was expected, not {sites!r}")
     else:
         for site in sites:
-            if site not in kind.sites:
+            if kind_in(site) not in kind.sites:
                 errors.append(f'{at}.sites: {kind.name} cannot adapt "{site}"{nearest(site, kind.sites)}')
     layers: Literal["all"] | tuple[int, ...] = "all"
     try:
@@ -110,8 +115,11 @@ def _knob(value: Any, default: Any, at: str, errors: list[str]) -> Any:
     """The value in the default's type, or an error."""
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
         return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(default, float) and is_finite(value):
         return float(value)
+    if isinstance(value, float) and not is_finite(value):
+        errors.append(f"{at}: a finite number was expected, not {value!r}")
+        return default
     if default is None:  # a knob of another library's that may be anything
         return value
     if type(value) is not type(default):
@@ -134,7 +142,7 @@ def _training(row: Any, errors: list[str]) -> Training:
     for name, value in row.items():
         if name not in names:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and not value):
+        if not is_finite(value) or value < 0 or (name == "lr" and not value):
             errors.append(
                 f"training.{name}: a number {'above' if name == 'lr' else 'from'} 0 was expected, not {value!r}"
             )

@@ -11,7 +11,10 @@ from peftscape.spaces.sites import LINEARS, Head, Relative, Site, SiteMap
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer; `kinds` are the sites on it with the columns they own: q, k and v for a fused one."""
+    """A linear layer; `kinds` are the sites on it with the columns they own: q, k and v for a fused one.
+
+    `stack` is `cross` in cross-attention, empty elsewhere.
+    """
 
     path: str
     d_in: int
@@ -19,6 +22,7 @@ class Linear:
     bias: bool
     kinds: tuple[tuple[str, int, int], ...] = ()
     transposed: bool = False
+    stack: str = ""
 
     @property
     def size(self) -> int:
@@ -32,16 +36,20 @@ class Norm:
     path: str
     size: int
     bias: bool
+    stack: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The modules of a backbone whose layers are alike.
+    """The modules of a backbone, or of one stack of it, whose layers are alike.
 
     Args:
         layer: a layer's path with {layer}; the paths in `linears`, `norms`, `kv`, `attention` and `ffn` go
             on from it.
+        first: the number of its first layer, where an encoder's come before.
+        stack: `encoder` or `decoder` of an encoder-decoder; empty where there is one stack.
         attention, ffn: (path whose output is y, path whose first input is x) of the sub-layers.
+        cross_attention, cross_kv: of a decoder that reads an encoder.
         outer_linears, outer_norms: outside the layers and on every token, with whole paths.
         parameters: all of the base model; None where layers, outer modules and `loose` parameters add up to
             them.
@@ -61,6 +69,10 @@ class Layout:
     kv_heads: int
     head_dim: int
     causal: bool
+    first: int = 0
+    stack: str = ""
+    cross_attention: tuple[str, str] | None = None
+    cross_kv: str = ""
     outer_linears: tuple[Linear, ...] = ()
     outer_norms: tuple[Norm, ...] = ()
     loose: int = 0
@@ -79,67 +91,88 @@ def linear(kind: str, path: str, d_in: int, d_out: int, bias: bool) -> Linear:
     return Linear(path, d_in, d_out, bias, ((kind, 0, d_out),) if kind else ())
 
 
-def assemble(of: Layout) -> SiteMap:
-    """The site map of a layout; a kind without any site is refused, with a reason."""
-    stack = "decoder" if of.causal else "encoder"
-    inner = sum(m.size for m in of.linears) + sum(n.size * (1 + n.bias) for n in of.norms) + of.layer_loose
-    outer = sum(m.size for m in of.outer_linears) + sum(n.size * (1 + n.bias) for n in of.outer_norms)
-    parameters = of.layers * inner + outer + of.loose if of.parameters is None else of.parameters
-    sites = [Site("input", -1, "", of.embedding_width, of.embedding_width, stack)]
-    sites += _small(of.outer_linears, of.outer_norms, -1, "", stack)
-    for layer in range(of.layers):
-        sites += _layer(of, layer, stack)
-    sites.append(Site("model", -1, "", 0, parameters, stack))
+def assemble(of: Layout, decoder: Layout | None = None) -> SiteMap:
+    """The site map of a layout, or of an encoder's and its decoder's; a kind without any site is refused."""
+    stacks = (of,) if decoder is None else (of, decoder)
+    sites = [Site("input", -1, "", of.embedding_width, of.embedding_width, _stack(of))]
+    for one in stacks:
+        sites += _small(one.outer_linears, one.outer_norms, -1, "", _stack(one))
+        for layer in range(one.layers):
+            sites += _layer(one, layer, _stack(one))
+    if decoder is None:
+        sites.append(Site("ladder", of.layers, "", of.d_model, of.d_model, _stack(of)))
+    parameters = sum(map(_parameters, stacks))
+    sites.append(Site("model", -1, "", 0, parameters, _stack(of)))
 
     refused = dict(of.refused)
     sites = [s for s in sites if s.kind not in refused]
     missing = {k: f"this model has no {k} linear" for k in LINEARS}
+    missing |= {"ladder": "a side network climbs beside one stack, not beside an encoder-decoder"}
     missing |= {"bias": "this model has no biases", "norm": "this model has no norms with parameters"}
     refused = {k: why for k, why in missing.items() if not any(s.kind == k for s in sites)} | refused
+    layers = sum(one.layers for one in stacks)
+    products = [one.layers * (_products(one.linears) if one.layer_products is None else one.layer_products)
+                for one in stacks]  # fmt: skip
     return SiteMap(
-        layers=of.layers, d_model=of.d_model, d_kv=of.kv_heads * of.head_dim,
+        layers=layers, d_model=of.d_model, d_kv=of.kv_heads * of.head_dim,
         heads=of.heads, kv_heads=of.kv_heads, head_dim=of.head_dim, causal=of.causal, parameters=parameters,
         refused=refused, head=of.head, sites=tuple(sites), relative=of.relative,
-        layer_products=_products(of.linears) if of.layer_products is None else of.layer_products,
+        decoder_layers=0 if decoder is None else decoder.layers, layer_products=sum(products) // layers,
         outer_products=_products(of.outer_linears) if of.outer_products is None else of.outer_products,
         **of.sizes,
     )  # fmt: skip
 
 
-def _layer(of: Layout, layer: int, stack: str) -> list[Site]:
-    here = of.layer.format(layer=layer)
+def _stack(of: Layout) -> str:
+    return of.stack or ("decoder" if of.causal else "encoder")
+
+
+def _parameters(of: Layout) -> int:
+    if of.parameters is not None:
+        return of.parameters
+    inner = sum(m.size for m in of.linears) + sum(n.size * (1 + n.bias) for n in of.norms) + of.layer_loose
+    outer = sum(m.size for m in of.outer_linears) + sum(n.size * (1 + n.bias) for n in of.outer_norms)
+    return of.layers * inner + outer + of.loose
+
+
+def _layer(of: Layout, number: int, stack: str) -> list[Site]:
+    here, layer = of.layer.format(layer=number), of.first + number
     at = f"{here}." if here else ""
     sites = []
     for m in of.linears:
         for kind, start, stop in m.kinds:
             span = None if stop - start == m.d_out else (start, stop)
-            sites.append(Site(kind, layer, at + m.path, m.d_in, stop - start, stack, None, m.transposed, span, m.bias))
+            own = m.stack or stack
+            sites.append(Site(kind, layer, at + m.path, m.d_in, stop - start, own, None, m.transposed, span, m.bias))
     bias = {m.path: m.bias for m in of.linears}
     transposed = {m.path: m.transposed for m in of.linears}
-    for kind, places in (("attention", of.attention), ("ffn", of.ffn)):
-        if places is not None:
-            y, x = places
+    places = (("attention", of.attention, stack), ("attention", of.cross_attention, "cross"), ("ffn", of.ffn, stack))
+    for kind, place, own in places:
+        if place is not None:
+            y, x = place
             sites.append(
                 Site(
-                    kind, layer, at + y, of.d_model, of.d_model, stack,
+                    kind, layer, at + y, of.d_model, of.d_model, own,
                     source=None if x == y else at + x,
                     transposed=transposed.get(y, False), bias=bias.get(y, False),
                 )
             )  # fmt: skip
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
     sites.append(Site("kv", layer, (at + of.kv).rstrip("."), queries, keys, stack))
+    if of.cross_attention is not None:
+        sites.append(Site("kv", layer, at + of.cross_kv, queries, keys, "cross"))
     sites.append(Site("block", layer, here, of.d_model, of.d_model, stack))
     return sites + _small(of.linears, of.norms, layer, at, stack)
 
 
 def _small(linears: tuple[Linear, ...], norms: tuple[Norm, ...], layer: int, at: str, stack: str) -> list[Site]:
-    owners = [(m.path, m.d_in, m.d_out, m.transposed) for m in linears if m.bias]
-    owners += [(n.path, n.size, n.size, False) for n in norms if n.bias]
+    owners = [(m.path, m.d_in, m.d_out, m.transposed, m.stack) for m in linears if m.bias]
+    owners += [(n.path, n.size, n.size, False, n.stack) for n in norms if n.bias]
     sites = [
-        Site("bias", layer, at + path, d_in, d_out, stack, transposed=transposed, bias=True)
-        for path, d_in, d_out, transposed in owners
+        Site("bias", layer, at + path, d_in, d_out, own or stack, transposed=transposed, bias=True)
+        for path, d_in, d_out, transposed, own in owners
     ]
-    return sites + [Site("norm", layer, at + n.path, n.size, n.size, stack, bias=n.bias) for n in norms]
+    return sites + [Site("norm", layer, at + n.path, n.size, n.size, n.stack or stack, bias=n.bias) for n in norms]
 
 
 def _products(linears: tuple[Linear, ...]) -> int:

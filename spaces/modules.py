@@ -41,7 +41,10 @@ def layout_from_modules(config: Mapping[str, Any], overrides: Mapping[str, Any])
     model = _build(config)
     settings: Any = model.config
     if settings.is_encoder_decoder:
-        raise SiteError(f"{config.get('model_type')}: encoder-decoder models are not mapped; one stack was expected")
+        from peftscape.spaces.encoder_decoders import ENCODER_DECODERS
+
+        known = ", ".join(sorted(ENCODER_DECODERS))
+        raise SiteError(f"{config.get('model_type')} is not mapped; of encoder-decoders there are: {known}")
     container, layers = _layers(model, overrides)
     first = layers[0]
     linears = _linears(first)

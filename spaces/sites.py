@@ -18,7 +18,10 @@ from peftscape.spaces.words import nearest
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 SUBLAYERS = ("attention", "ffn", "block")
-KINDS = (*LINEARS, *SUBLAYERS, "kv", "input", "bias", "norm", "model")
+KINDS = (*LINEARS, *SUBLAYERS, "kv", "input", "bias", "norm", "ladder", "model")
+#: Kinds that stand once in a backbone and belong to every choice of layers.
+EVERYWHERE = ("input", "ladder", "model")
+STACKS = ("encoder", "decoder", "cross")
 
 
 class SiteError(ValueError):
@@ -34,10 +37,14 @@ class Site:
             output before the residual sum, x what the sub-layer reads; `block`: y is the layer's output, x
             its input); `kv` (keys and values: `d_in` the queries' width, `d_out` that of keys and of
             values); `input` (the embedded sequence); `bias` and `norm` (one for each bias parameter and each
-            norm); `model` (all of the backbone).
-        layer: from 0; -1 outside the layers.
-        path: the module inside AutoModel's base model whose output is y; empty for `input` and `model`. For
+            norm); `ladder` (the states after every layer, beside which a side network climbs); `model` (all
+            of the backbone).
+        layer: from 0; -1 outside the layers; of `ladder`, which ends above them, their number. A decoder's layers are
+            counted on from its encoder's.
+        path: the module inside AutoModel's base model whose output is y; empty for `EVERYWHERE`. For
             `kv` the module that calls transformers' attention interface.
+        stack: `encoder`, `decoder`, or `cross`: the decoder's attention to the encoder's states, of which its k and v
+            read the source and all else the target.
         source: the module whose first input is x, where that is not `path`.
         transposed: the weight lies as d_in x d_out (GPT-2's Conv1D).
         span: the output columns [start, stop) of a fused linear that this site owns.
@@ -54,6 +61,21 @@ class Site:
     transposed: bool = False
     span: tuple[int, int] | None = None
     bias: bool = False
+
+    def named(self, names: Iterable[str]) -> bool:
+        """Whether one of these names is its kind (`q`) or its kind in its stack (`cross.q`)."""
+        return any(name in (self.kind, f"{self.stack}.{self.kind}") for name in names)
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether it reads tokens of the encoder's text, in an encoder-decoder."""
+        return self.stack == "encoder" or (self.stack == "cross" and self.kind in ("k", "v"))
+
+
+def kind_in(name: str) -> str:
+    """The kind that a design's name of sites asks for: `q` of `q` and of `cross.q`."""
+    stack, _, kind = name.partition(".")
+    return kind if stack in STACKS and kind else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +134,10 @@ class SiteMap:
         prefix: the base model's name within the task classes; `embedding`: the word embedding's path.
         norm_place: `pre` (x is the normed input of a sub-layer) or `post` (the norm follows the residual
             sum).
+        decoder_layers: the last of `layers`, of a decoder that reads an encoder; 0 where there is one stack.
         layer_products, outer_products: weights multiplied for each token in one layer, and outside the layers
             (mapped to sites or not): a product costs 2 FLOPs. `relative` likewise.
+        quantised: whether the layers' linears are held in 4 bits, which cannot train.
     """
 
     family: str
@@ -141,9 +165,11 @@ class SiteMap:
     norm_place: Literal["pre", "post"] = "pre"
     softcap: float | None = None
     sliding_window: int | None = None
+    decoder_layers: int = 0
     layer_products: int = 0
     outer_products: int = 0
     relative: Relative | None = None
+    quantised: bool = False
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -151,8 +177,28 @@ class SiteMap:
         found = {s.kind for s in self.sites}
         return tuple(k for k in KINDS if k in found)
 
+    def within(self, *, lm: bool) -> str:
+        """What the base model's names begin with in a class with a head; T5's language model is no wrapper."""
+        return "" if lm and self.family in ("t5", "mt5") else f"{self.prefix}."
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What a design may call its sites: the kinds, and in an encoder-decoder those of each stack."""
+        stacked = dict.fromkeys(f"{s.stack}.{s.kind}" for s in self.sites if s.kind != "model")
+        return (*self.kinds, *stacked) if self.decoder_layers else self.kinds
+
+    @cached_property
+    def _named(self) -> dict[tuple[str, ...], tuple[Site, ...]]:
+        return {}
+
+    def named(self, names: tuple[str, ...]) -> tuple[Site, ...]:
+        """The sites that one of these names names, in the model's order; remembered, for plans of whole spaces."""
+        if names not in self._named:
+            self._named[names] = tuple(s for s in self.sites if s.named(names))
+        return self._named[names]
+
     def select(self, kinds: Iterable[str], layers: Iterable[int]) -> tuple[Site, ...]:
-        """The sites of these kinds in these layers, in the model's order.
+        """The sites of these kinds (of one stack: `cross.q`) in these layers, in the model's order.
 
         What lies outside the layers comes with `input` and `model`, which are nowhere else, and otherwise
         with layer -1 or with all layers together (a BitFit on all layers trains the embeddings' bias too).
@@ -162,15 +208,15 @@ class SiteMap:
         """
         kinds, layers = tuple(kinds), set(layers)
         for kind in kinds:
-            if kind in self.refused:
-                raise SiteError(f"{kind}: {self.refused[kind]}")
-            if kind not in self.kinds:
-                raise SiteError(f'this {self.family} has no sites "{kind}"{nearest(kind, self.kinds)}')
+            if (plain := kind_in(kind)) in self.refused:
+                raise SiteError(f"{kind}: {self.refused[plain]}")
+            if not any(s.named((kind,)) for s in self.sites):
+                raise SiteError(f'this {self.family} has no sites "{kind}"{nearest(kind, self.names)}')
         if missing := sorted(n for n in layers if not -1 <= n < self.layers):
             raise SiteError(f"layers {missing} of a backbone with layers 0 to {self.layers - 1}")
         if layers.issuperset(range(self.layers)):
             layers.add(-1)
-        return tuple(s for s in self.sites if s.kind in kinds and (s.layer in layers or s.kind in ("input", "model")))
+        return tuple(s for s in self.sites if s.named(kinds) and (s.layer in layers or s.kind in EVERYWHERE))
 
 
 def site_map(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> SiteMap:
@@ -184,11 +230,17 @@ def site_map(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any
         SiteError: no configuration there, a key of it is missing or impossible, or modules that match no
         pattern.
     """
+    from peftscape.spaces.encoder_decoders import ENCODER_DECODERS
     from peftscape.spaces.families import FAMILIES
     from peftscape.spaces.layout import assemble
 
     config = read_config(source)
-    family = FAMILIES.get(str(config.get("model_type")))
+    kind = str(config.get("model_type"))
+    family, two = FAMILIES.get(kind), ENCODER_DECODERS.get(kind)
+    if two is not None:
+        if overrides:
+            raise SiteError(f"{kind} is mapped from its configuration; [model.sites] cannot change it")
+        return assemble(*two(config))
     if family is None or overrides:
         return site_map_from_modules(config, overrides)
     return assemble(family(config))

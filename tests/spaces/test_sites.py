@@ -357,8 +357,8 @@ def test_unknown_models_are_mapped_by_name_or_say_how_to() -> None:
         site_map(neox, {"upp": "layers.{layer}.mlp.dense_h_to_4h"})
     with pytest.raises(SiteError, match='Did you mean "bert"'):
         site_map({"model_type": "berrt"})
-    with pytest.raises(SiteError, match="encoder-decoder"):
-        site_map({"model_type": "t5", "num_layers": 1})
+    with pytest.raises(SiteError, match="of encoder-decoders there are: bart, mbart, mt5, t5"):
+        site_map({"model_type": "pegasus", "encoder_layers": 1, "decoder_layers": 1})
 
 
 def test_a_large_model_is_mapped_at_once_and_without_torch() -> None:
