@@ -14,6 +14,8 @@ from torch import Tensor
 from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import EncodedSplit, encode_split
 from peftscape.search.lane import Lane, new_lane
+from peftscape.search.language import Language
+from peftscape.search.language_predict import continued, probabilities, said_of
 from peftscape.search.task import Split
 from peftscape.spaces.words import InputError
 
@@ -43,36 +45,45 @@ class Adapter:
         return self.card.design
 
     @property
+    def language(self) -> Language | None:
+        """What it was asked as a language model; None for classification and regression."""
+        said = self.card.task.get("language")
+        return None if said is None else Language.from_json(dict(said))
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Class names by id; empty for regression."""
         return self.card.labels
 
     def predict(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch_size: int = 64
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        options: Sequence[Sequence[str]] | None = None,
+        batch_size: int = 64,
     ) -> list[dict[str, Any]]:
         """What the adapter says of each text.
 
+        Args:
+            pairs: second texts; of a language model the completions of the texts.
+            options: answers to each text, where it was trained to choose among those of each example.
+
         Returns:
-            `{"label": ..., "score": its probability, "probabilities": {label: ...}}` for classes, and
-            `{"score": the number}` for regression.
+            `{"label": ..., "score": its probability, "probabilities": {label: ...}}` for classes and options (equally
+            named ones cannot be), `{"score": the number}` for regression, and for language models
+            `{"loss": of a token in nats, "perplexity": ..., "tokens": how many}`.
 
         Raises:
             InputError: texts that cannot be read; see `logits`.
         """
+        if self.language is not None:
+            return said_of(self, self.language, texts, pairs, options, batch_size)
         logits = self.logits(texts, pairs, batch_size=batch_size).astype(np.float64)
         if self.card.outputs == 1 and not self.labels:
             return [{"score": float(row[0])} for row in logits]
         names = self.labels or tuple(str(i) for i in range(self.card.outputs))
-        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-        rows = (raised / raised.sum(axis=1, keepdims=True)).tolist()
-        return [
-            {
-                "label": names[int(np.argmax(row))],
-                "score": max(row),
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-            for row in rows
-        ]
+        return [probabilities(names, row) for row in logits]
 
     def logits(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch_size: int = 64
@@ -82,12 +93,10 @@ class Adapter:
         Raises:
             InputError: no tokenizer came with the backbone, a text has no tokens, or pairs are missing.
         """
-        if self.backbone.tokenizer is None:
-            raise InputError("predict", ["the backbone has no tokenizer; load it from a folder that has one"])
+        tokenizer = self.tokenizer()
         if pairs is not None and len(pairs) != len(texts):
             raise InputError("predict", [f"{len(pairs)} second texts for {len(texts)} texts"])
         split = Split(list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), dtype=np.int64))
-        tokenizer = self.backbone.tokenizer
         side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # as in training
         try:
             encoded = encode_split(split, tokenizer, self.card.max_length)
@@ -96,6 +105,22 @@ class Adapter:
         if empty := np.flatnonzero(encoded.lengths == 0).tolist():
             raise InputError("predict", [f"text {i} has no tokens" for i in empty[:5]])
         return self.encoded_logits(encoded, batch_size=batch_size)
+
+    def tokenizer(self) -> Any:
+        """The backbone's. Raises InputError if it has none."""
+        if self.backbone.tokenizer is None:
+            raise InputError("predict", ["the backbone has no tokenizer; load it from a folder that has one"])
+        return self.backbone.tokenizer
+
+    def generate(self, prompts: Sequence[str], *, most: int = 32, batch_size: int = 16) -> list[str]:
+        """The most likely continuation of each prompt, at most `most` tokens; of a chat's adapter the next answer.
+
+        Raises:
+            InputError: the adapter is not one of a language model, or a prompt has no tokens.
+        """
+        if self.language is None:
+            raise InputError("generate", ["an adapter with a trained head says labels, not texts; use predict"])
+        return continued(self, self.language, prompts, most, batch_size)
 
     @torch.no_grad()
     def lane(self) -> Lane:
@@ -110,7 +135,7 @@ class Adapter:
     @torch.no_grad()
     def encoded_logits(self, split: EncodedSplit, *, batch_size: int = 64) -> NDArray[np.float32]:
         """Examples x outputs for texts that are tokens already."""
-        out = np.zeros((len(split), self.card.outputs), dtype=np.float32)
+        out = np.zeros((1, len(split.ids), 2 if split.scored is not None else self.card.outputs), dtype=np.float32)
         lane = self.lane()
         cohort = Cohort(self.backbone, self.head, split, batch_size=batch_size)
         cohort.admit(lane)
@@ -118,7 +143,8 @@ class Adapter:
             order = np.argsort(split.lengths, kind="stable")  # so that little is padded
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                out[rows] = cohort.logits([rows], split)[0].float().cpu().numpy()
+                out[0, rows] = cohort.logits([rows], split)[0].float().cpu().numpy()
         finally:
             cohort.close()
-        return out
+        found: NDArray[np.float32] = split.answers(out, self.card.outputs)[0]
+        return found

@@ -52,7 +52,7 @@ class Card:
     """What an adapter is, beside its tensors.
 
     Args:
-        head, outputs: the head's kind and width (1 for regression).
+        head, outputs: the head's kind and width (1 for regression; 2 for language modelling: see `Task.num_outputs`).
         labels: class names by id; empty for regression.
         max_length: tokens of a text, special tokens included; longer ones are cut.
         metric, task: what it was chosen by, and anything in JSON to know it by; for people alone.
@@ -257,7 +257,7 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
         if isinstance(error, InputError):
             raise
         raise InputError(str(path), [f"a value is not what was expected: {error}"]) from None
-    if card.head not in ("class", "mean") or value["format"] not in tuple(TENSORS):
+    if card.head not in ("class", "mean", "lm") or value["format"] not in tuple(TENSORS):
         raise InputError(str(path), [f'head "{card.head}" or format "{value["format"]}" is unknown'])
     if value.get("card_sha256", _digest(value)) != _digest(value):
         raise InputError(str(path), ["its checksum is not its own: it was changed or damaged"])

@@ -8,7 +8,7 @@ its own tensors alone; each lane clips and updates itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from peftscape.search.forward import Forward
 from peftscape.search.lane import HEAD, Lane
-from peftscape.search.packing import LaneBatch, pack
-from peftscape.spaces.record import Failure
+from peftscape.search.packing import Batch, LaneBatch, pack
+from peftscape.search.seq2seq import decoder_start, pack_pairs
+from peftscape.search.update import update
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Evaluation has no backward to keep activations for; this many sequences at once keep two cores busy.
 EVALUATION_ROWS = 512
+# A language model's texts are longer, and attention holds them padded.
+EVALUATION_TOKENS = 1 << 14
 # What a pass through a layer costs besides its tokens, in tokens: small products run at a lower rate.
 PASS_TOKENS = 256
 
@@ -57,7 +60,7 @@ class Cohort:
         self.batch_size, self.regression = batch_size, regression
         self.lanes: list[Lane] = []
         self.forward = Forward(backbone)
-        self.cache = cache
+        self.cache = None if backbone.sites.decoder_layers else cache  # it keeps what enters layers of one stack
 
     def admit(self, *lanes: Lane) -> None:
         """Take lanes in."""
@@ -86,21 +89,19 @@ class Cohort:
         examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
         losses = self.losses(examples)
         penalties = [term for lane in self.lanes if (term := lane.penalty()) is not None]
-        torch.stack([losses.sum(), *penalties]).sum().backward()  # type: ignore[no-untyped-call]
-        values: list[float] = losses.detach().tolist()
+        total = torch.stack([losses.sum(), *penalties]).sum()
+        if total.requires_grad:  # a design without a tensor to train, behind a frozen head, is only measured
+            total.backward()  # type: ignore[no-untyped-call]
+        values = update(self.lanes, losses)
         share = (time.perf_counter() - started) / len(self.lanes)
-        for lane, loss in zip(self.lanes, values, strict=True):
-            if np.isfinite(loss):
-                lane.losses.append(loss)
-                lane.update()
-            else:
-                lane.failure = Failure(kind="not finite", message=f"the loss is {loss}", step=lane.step)
-                lane.optimizer.zero_grad()
+        for lane in self.lanes:
             lane.wall_s += share
         return values
 
     def losses(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
-        """The mean loss of each lane on training examples of its own."""
+        """The mean loss of each lane on training examples of its own; a language model's is the mean of all tokens."""
+        if self.train.scored is not None:
+            return self._token_losses(examples)
         targets = torch.from_numpy(self.train.targets[np.stack(examples)]).to(self.backbone.device)
         logits = self.logits(examples, self.train, training=True)
         losses = self._losses(logits, targets)
@@ -110,6 +111,19 @@ class Cohort:
         again = self.logits(examples, self.train, training=True, again=1)
         both = (losses + self._losses(again, targets)) / 2
         return both + losses.new_tensor(weights) * _divergence(logits, again)
+
+    def _token_losses(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+        weights = [lane.consistency for lane in self.lanes]
+        if not any(weights):
+            sums = self.logits(examples, self.train, training=True).sum(dim=1)
+            return sums[:, 0] / sums[:, 1]
+        from peftscape.search.lm_head import LMHead
+
+        assert isinstance(self.head, LMHead)
+        passes = [self.passing(examples, self.train, True, i)() for i in (0, 1)]
+        sums = torch.cat([self.head.logits({}, states, batch) for states, batch, _ in passes], dim=1).sum(dim=1)
+        (one, batch, _), (other, *_) = passes
+        return sums[:, 0] / sums[:, 1] + sums.new_tensor(weights) * self.head.divergence(one, other, batch)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.regression:
@@ -130,34 +144,51 @@ class Cohort:
         Args:
             training: whether methods draw at random what they draw (experts, ranks); `again` draws anew.
         """
-        for lane in self.lanes:
-            lane.unfold(training, again)
-        batch = pack(
-            [
-                LaneBatch(e, lane.design.prompt_length(), lane.design.position_shift())
-                for lane, e in zip(self.lanes, examples, strict=True)
-            ],
-            split,
-            self.backbone.sites,
-            padded=not self.backbone.sites.attention_interface,
-        ).to(self.backbone.device)
-        start, given, read = 0, None, None
-        if self.cache is not None:
-            start = min(map(self.cache.start, self.lanes))
-            given = self.cache.states(self.forward, batch, split, examples, start)
-            read = self.head.reads(batch)
         names = [key for key in self.lanes[0].params if key.startswith(f"{HEAD}/")]
         params = {key.removeprefix(f"{HEAD}/"): torch.stack([lane.params[key] for lane in self.lanes]) for key in names}
+        run = self.passing(examples, split, training, again)
 
-        def run() -> Tensor:
-            states = self.forward.states(batch, start, given, read)
+        def logits() -> Tensor:
+            states, batch, picked = run()
             # The head is small and its loss is a result: it is computed in the precision of the trained tensors.
-            return self.head.logits(params, states.to(self.backbone.master_dtype), batch, picked=read is not None)
+            return self.head.logits(params, states.to(self.backbone.master_dtype), batch, picked=picked)
 
-        return self.forward.with_own_weights(run)
+        return self.forward.with_own_weights(logits)
+
+    def passing(
+        self,
+        examples: Sequence[np.ndarray[Any, Any]],
+        split: EncodedSplit,
+        training: bool = False,
+        again: int = 0,
+    ) -> Callable[[], tuple[Tensor, Batch, bool]]:
+        """What runs the backbone: last hidden states, of which texts, and whether of the tokens alone that are read."""
+        for lane in self.lanes:
+            lane.unfold(training, again)
+        batch = self._packed(examples, split).to(self.backbone.device)
+        start, given, read = 0, {}, None
+        if self.cache is not None:
+            start = min(map(self.cache.start, self.lanes))
+            below = {start, *(n for n in self.forward.rungs if n < start)}
+            given = self.cache.states(self.forward, batch, split, examples, below)
+            read = self.head.reads(batch)
+        return lambda: (self.forward.states(batch, start, given, read), batch, read is not None)
+
+    def _packed(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Batch:
+        sites, designs = self.backbone.sites, [lane.design for lane in self.lanes]
+        if sites.decoder_layers:
+            return pack_pairs(designs, examples, split, sites, decoder_start(self.backbone.config))
+        batches = [
+            LaneBatch(e, design.prompt_length(), design.position_shift())
+            for design, e in zip(designs, examples, strict=True)
+        ]
+        return pack(batches, split, sites, padded=not sites.attention_interface)
 
     def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
-        """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`."""
+        """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`.
+
+        Where a split asks for texts, these: lanes x examples.
+        """
         everyone, chosen = self.lanes, lanes or tuple(self.lanes)
         found: dict[int, np.ndarray[Any, Any]] = {}
         try:
@@ -170,13 +201,19 @@ class Cohort:
 
     @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray[Any, Any]:
+        if split.asked is not None:
+            from peftscape.search.generation import written
+
+            return written(self, split.asked, EVALUATION_TOKENS)
         order = np.argsort([len(ids) for ids in split.ids], kind="stable")
         count = max(1, EVALUATION_ROWS // len(self.lanes))
+        if split.scored is not None:
+            count = max(1, min(count, EVALUATION_TOKENS // (int(split.lengths.max()) * len(self.lanes))))
         parts = [self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().cpu().numpy()[:, back]
-        return out
+        return split.answers(out, self.head.outputs)
 
     def close(self) -> None:
         """Take all hooks off the backbone."""

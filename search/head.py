@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
+    from peftscape.search.adapter_folder import Card
     from peftscape.search.backbone import Backbone
     from peftscape.search.packing import Batch
 
-HeadKind = Literal["class", "mean"]
+HeadKind = Literal["class", "mean", "lm"]
 
 
 class _Given(nn.Module):
@@ -47,7 +49,7 @@ class Head:
         if self.pooling == "pooler" and any(name.startswith("pooler.") for name in backbone.missing):
             # transformers would make one up at random at each load, so that no result could be had again.
             raise InputError(backbone.source, ['its checkpoint has no pooler, which its head reads; use head = "mean"'])
-        self.model = _classifier_around_nothing(backbone, outputs)
+        self.model = around_nothing(backbone, "AutoModelForSequenceClassification", outputs)
         own = backbone.sites.head.modules
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters() if name.split(".")[0] in own}
 
@@ -63,6 +65,10 @@ class Head:
             name: torch.empty(shape).normal_(0, std, generator=source) if len(shape) > 1 else torch.zeros(shape)
             for name, shape in sorted(self.shapes.items())
         }
+
+    def frozen(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the head that do not train, by their names in transformers' class; `base` are the backbone's."""
+        return {}
 
     def reads(self, batch: Batch) -> Tensor | None:
         """Flat numbers of the tokens that the head reads, one an example; None for all of a text."""
@@ -94,32 +100,71 @@ class Head:
         return out
 
     def _one(self, params: dict[str, Tensor], states: Tensor, pooled: Tensor) -> Tensor:
-        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
-
         assert self.model is not None
-        given = self.model.get_submodule(str(self.model.base_model_prefix))
-        assert isinstance(given, _Given)
-        given.output = Output(last_hidden_state=states, pooler_output=pooled)
         # One token an example, and none of them padding: classes that look for the last real token find this one.
         ids = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-        out = torch.func.functional_call(self.model, params, (), {"input_ids": ids})
-        given.output = None
+        with given_states(self.model, states, pooled):
+            out = torch.func.functional_call(self.model, params, (), {"input_ids": ids})
         logits: Tensor = out.logits
         return logits
 
 
-def _classifier_around_nothing(backbone: Backbone, outputs: int) -> nn.Module:
-    """transformers' sequence classifier without weights and with the backbone taken out."""
+def auto_class(card: Card, backbone: Backbone) -> str:
+    """Which of transformers' classes has the head of an adapter."""
+    if card.head != "lm":
+        return "AutoModelForSequenceClassification"
+    return "AutoModelForSeq2SeqLM" if backbone.sites.decoder_layers else "AutoModelForCausalLM"
+
+
+def make_head(backbone: Backbone, *, kind: HeadKind, outputs: int) -> Head:
+    """The head of a task: a trained one, or the language model's own.
+
+    Raises:
+        InputError: the backbone has no such head.
+    """
+    if kind == "lm":
+        from peftscape.search.lm_head import LMHead
+
+        return LMHead(backbone, outputs=outputs)
+    return Head(backbone, kind=kind, outputs=outputs)
+
+
+def around_nothing(backbone: Backbone, auto: str, outputs: int | None = None) -> nn.Module:
+    """transformers' own class for a task, without weights and with the backbone taken out."""
     import copy
 
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     config = copy.deepcopy(backbone.config)
-    config.num_labels = outputs
-    config.problem_type = None
-    config.pad_token_id = 0
+    if outputs is not None:
+        config.num_labels = outputs
+        config.problem_type = None
+        config.pad_token_id = 0
     config._attn_implementation = "eager"
+    if config.is_encoder_decoder:  # its classes look for the token that ends a text: the 1 that `Head._one` gives
+        config.eos_token_id, config.decoder_start_token_id = 1, 0
     with torch.device("meta"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
-    setattr(model, str(model.base_model_prefix), _Given())
+        model: nn.Module = getattr(transformers, auto).from_config(config)
+    if hasattr(model, str(model.base_model_prefix)):
+        setattr(model, str(model.base_model_prefix), _Given())
+    else:  # T5's language model holds the parts of its base model itself
+        model.shared, model.encoder, model.decoder = nn.Identity(), _Given(), _Given()
     return model.eval()
+
+
+@contextmanager
+def given_states(model: nn.Module, states: Tensor, pooled: Tensor | None = None) -> Iterator[None]:
+    """Within this, a model of `around_nothing` finds these states where its backbone was: texts x tokens x d_model."""
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, Seq2SeqModelOutput
+
+    given = [module for module in model.modules() if isinstance(module, _Given)]
+    output: Any = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+    if model.config.is_encoder_decoder and len(given) == 1:  # type: ignore[union-attr]
+        output = Seq2SeqModelOutput(last_hidden_state=states)
+    try:
+        for module in given:
+            module.output = output
+        yield
+    finally:
+        for module in given:
+            module.output = None

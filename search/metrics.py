@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from peftscape.search.generation_metrics import generated_score, generated_scores
 from peftscape.spaces.words import nearest
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "lm", "generation"]
 Direction = Literal["maximize", "minimize"]
 Floats = NDArray[np.float64]
 
@@ -38,12 +39,18 @@ class Metric:
         undefined: `pearson` and `spearman` of constant predictions or targets, `r2` of constant targets.
 
         Args:
-            logits: examples x classes; for regression examples, or examples x 1.
-            targets: class ids, or numbers.
+            logits: examples x classes; for regression examples, or examples x 1; for language modelling examples x 2,
+                the negative log-likelihood of each example's tokens in nats, and how many these are; for generation
+                the texts that were written, None where there is none.
+            targets: class ids, or numbers; language modelling has none, and takes anything of their shape; for
+                generation the texts that were wanted.
 
         Raises:
             ValueError: if shapes differ, there are no examples, or a target is no class of the logits.
         """
+        if self.kind == "generation":
+            said, wanted = _texts(self.name, logits, targets)
+            return float("nan") if None in said else generated_score(self.name, said, wanted)
         outputs, truth = self._checked(logits, targets)
         if not np.isfinite(outputs).all():
             return float("nan")
@@ -54,6 +61,9 @@ class Metric:
 
         Accuracy gives 0 and 1. An example whose outputs are not finite gives NaN.
         """
+        if self.kind == "generation":
+            said, wanted = _texts(self.name, logits, targets)
+            return generated_scores(self.name, said, wanted)
         outputs, truth = self._checked(logits, targets)
         values = _PER_EXAMPLE.get(self.name)
         if values is None:
@@ -67,7 +77,7 @@ class Metric:
         truth = np.asarray(targets)
         if self.kind == "regression" and outputs.ndim == 2 and outputs.shape[1] == 1:
             outputs = outputs[:, 0]
-        dims, shape = (1, "(examples,)") if self.kind == "regression" else (2, "(examples, classes)")
+        dims, shape = _SHAPES[self.kind]
         if outputs.ndim != dims or truth.shape != outputs.shape[:1] or len(truth) == 0:
             raise ValueError(
                 f"{self.name}: outputs of shape {outputs.shape} and targets of shape {truth.shape}; "
@@ -75,12 +85,30 @@ class Metric:
             )
         if self.kind == "regression":
             return outputs, truth.astype(np.float64)
+        if self.kind == "lm":
+            if outputs.shape[1] != 2:
+                raise ValueError(f"{self.name}: outputs of shape {outputs.shape}; expected (examples, 2)")
+            return outputs, truth
         classes = outputs.shape[1]
         if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= classes:
             raise ValueError(f"{self.name}: targets must be class ids from 0 to {classes - 1}")
         if self.binary and classes != 2:
             raise ValueError(f"{self.name}: needs 2 classes, not {classes}; macro_f1 takes any number")
         return outputs, truth
+
+
+_SHAPES: dict[Kind, tuple[int, str]] = {
+    "classification": (2, "(examples, classes)"),
+    "regression": (1, "(examples,)"),
+    "lm": (2, "(examples, 2)"),
+}
+
+
+def _texts(name: str, said: NDArray[Any], wanted: NDArray[Any]) -> tuple[list[str | None], list[str]]:
+    if said.ndim != 1 or said.shape != wanted.shape or len(said) == 0:
+        shapes = f"outputs of shape {said.shape} and targets of shape {wanted.shape}"
+        raise ValueError(f"{name}: {shapes}; expected texts (examples,), of one length and not empty")
+    return said.tolist(), wanted.tolist()
 
 
 def metric(name: str) -> Metric:
@@ -110,6 +138,17 @@ def _negative_log_likelihood(outputs: Floats, truth: NDArray[Any]) -> Floats:
 
     logp: Floats = np.asarray(log_softmax(outputs, axis=1), dtype=np.float64)
     return np.asarray(-logp[np.arange(len(truth)), truth])
+
+
+def _token_loss(outputs: Floats, truth: NDArray[Any]) -> Floats:
+    """Weighted so that every token weighs alike; the mean is the loss of a token."""
+    return np.asarray(outputs[:, 0] * (len(outputs) / outputs[:, 1].sum()))
+
+
+def _perplexity(outputs: Floats, truth: NDArray[Any]) -> float:
+    """exp of the loss of a token; infinite beyond what a float holds."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(outputs[:, 0].sum() / outputs[:, 1].sum()))
 
 
 def _f1(average: str) -> Callable[[Floats, NDArray[Any]], float]:
@@ -168,6 +207,12 @@ METRICS: dict[str, Metric] = {
         Metric("r2", "maximize", "regression"),
         Metric("mse", "minimize", "regression"),
         Metric("mae", "minimize", "regression"),
+        Metric("loss", "minimize", "lm"),
+        Metric("perplexity", "minimize", "lm"),
+        Metric("exact_match", "maximize", "generation"),
+        Metric("bleu", "maximize", "generation"),
+        Metric("chrf", "maximize", "generation"),
+        Metric("rouge_l", "maximize", "generation"),
     )
 }
 """Every metric by its name."""
@@ -179,6 +224,7 @@ _PER_EXAMPLE: dict[str, Callable[[Floats, NDArray[Any]], Floats]] = {
     "log_loss": _negative_log_likelihood,
     "mse": lambda outputs, truth: (outputs - truth) ** 2,
     "mae": lambda outputs, truth: np.abs(outputs - truth),
+    "loss": _token_loss,
 }
 
 _SCORES: dict[str, Callable[[Floats, NDArray[Any]], float]] = {
@@ -189,4 +235,5 @@ _SCORES: dict[str, Callable[[Floats, NDArray[Any]], float]] = {
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),
     "r2": _r2,
+    "perplexity": _perplexity,
 }

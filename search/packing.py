@@ -70,6 +70,10 @@ class Batch:
     lanes: int
     mask: Tensor | None = None  # padded layout only
     cut: int = 0
+    scored: Tensor | None = None  # flat numbers of the tokens that a language model predicts, and the row of each
+    scored_rows: Tensor | None = None
+    context: Tensor | None = None  # of each row, the tokens that all others may read, those ahead of it included
+    source: Batch | None = None  # what the encoder reads, where this is what the decoder reads
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -83,6 +87,13 @@ class Batch:
     def examples(self) -> int:
         """Examples of one lane."""
         return self.first.shape[1]
+
+    @cached_property
+    def padded_rows(self) -> LengthClass:
+        """All texts as they lie in the padded layout."""
+        assert self.mask is not None
+        rows = np.arange(self.lanes * self.examples)
+        return LengthClass(self.ids.shape[1], rows, rows // self.examples, self.mask > 0)
 
     @cached_property
     def row_slots(self) -> int:
@@ -110,7 +121,10 @@ class Batch:
         place = torch.zeros_like(row).index_copy_(0, self.tokens, own)
         length = torch.zeros_like(row).index_copy_(0, self.tokens, lengths[rows])
         row, place, length = (t.view(self.lanes, -1) for t in (row, place, length))
-        return Text(row, place, length, count)
+        if self.context is None:
+            return Text(row, place, length, count)
+        context = torch.zeros_like(row).view(-1).index_copy_(0, self.tokens, self.context[rows])
+        return Text(row, place, length, count, context.view(self.lanes, -1))
 
     @cached_property
     def ahead(self) -> Tensor:
@@ -123,6 +137,7 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
     """Lay out the lanes' examples. All lanes have the same number of examples."""
     texts: list[np.ndarray[Any, Any]] = []
     types: list[np.ndarray[Any, Any]] = []
+    marks: list[np.ndarray[Any, Any]] = []
     prompts, shifts, cut = [], [], 0
     for batch in batches:
         # A text that does not fit behind the lane's prompts loses its middle end, never its closing token.
@@ -131,9 +146,15 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
             ids = split.ids[i]
             kinds = split.types[i] if split.types is not None else None
             if limit is not None and len(ids) > limit:
-                keep = np.r_[0 : limit - 1, len(ids) - 1]
+                keep = (
+                    np.r_[0 : limit - 1, len(ids) - 1] if split.scored is None else np.r_[len(ids) - limit : len(ids)]
+                )
                 ids, kinds, cut = ids[keep], kinds[keep] if kinds is not None else None, cut + 1
             texts.append(ids)
+            if split.scored is not None:
+                mark = split.scored[i][len(split.scored[i]) - len(ids) :].copy()
+                mark[0] = False  # what stood before it was cut
+                marks.append(mark)
             if kinds is not None:
                 types.append(kinds)
         prompts += [batch.prompt] * len(batch.examples)
@@ -171,6 +192,13 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         mask = np.zeros(total, dtype=np.int64)
         mask[flat] = 1
 
+    scored = scored_rows = context = None
+    if marks:
+        inside = np.concatenate(marks)
+        scored = torch.from_numpy(flat[is_text][inside])
+        scored_rows = torch.from_numpy(row_of[is_text][inside])
+        context = torch.from_numpy(prompt + [max(1, int(m.argmax()) if m.any() else len(m)) for m in marks])
+
     classes, slots = _length_classes(lengths, row_lane, row_of, place)
     return Batch(
         ids=torch.from_numpy(ids_flat).view(shape),
@@ -188,13 +216,16 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         lanes=lanes,
         mask=torch.from_numpy(mask).view(shape) if mask is not None else None,
         cut=cut,
+        scored=scored,
+        scored_rows=scored_rows,
+        context=context,
     )
 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+    return value.to(device) if isinstance(value, Tensor | Batch) else value
 
 
 def _length_classes(

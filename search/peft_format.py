@@ -26,13 +26,13 @@ __all__ = ["InexpressibleError", "changes_of", "peft_form"]
 
 
 def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder:
-    """How HF peft expresses an adapter, so that its sequence classifier gives equal logits.
+    """How HF peft expresses an adapter, so that its sequence classifier or language model gives equal logits.
 
     Raises:
         InexpressibleError: with the reason.
     """
     names = sorted({p.method.name for p in card.design.placements})
-    if card.head != "class" or backbone.sites.head is None:
+    if card.head == "mean" or (card.head == "class" and backbone.sites.head is None):
         raise InexpressibleError(f'head = "{card.head}" is no head of transformers, which HF peft builds on')
     changes = list(changes_of(card.design, backbone))
     if not changes:

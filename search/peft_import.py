@@ -15,7 +15,8 @@ from torch import Tensor
 
 from peftscape.search.adapter_folder import TENSORS, Card, declared
 from peftscape.search.backbone import Backbone
-from peftscape.search.head import Head
+from peftscape.search.head import Head, make_head
+from peftscape.search.language import Language
 from peftscape.search.peft_folder import InexpressibleError
 from peftscape.search.peft_format import changes_of
 from peftscape.search.peft_place import PATTERNS, place
@@ -62,11 +63,13 @@ def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbo
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(str(path), [f"it cannot be read: {error}"]) from None
-    head = _head(stored, backbone, str(path))
+    causal = config.get("task_type") == "CAUSAL_LM"
+    head = make_head(backbone, kind="lm", outputs=2) if causal else _head(stored, backbone, str(path))
     placements = _placements(config, stored, backbone, str(directory))
     card = Card(
         design=Design.from_json({"placements": placements}, where=str(directory)),
-        head="class", outputs=head.outputs, max_length=_longest(directory, backbone),
+        head=head.kind, outputs=head.outputs, max_length=_longest(directory, backbone),
+        task={"language": Language("text", "all").json()} if head.kind == "lm" else {},
     )  # fmt: skip
     if errors := card.design.check(backbone.sites):
         raise InputError(str(directory), errors)
@@ -103,13 +106,14 @@ def _placements(
     found: dict[str, tuple[dict[str, Any], dict[str, set[int]]]] = {}
     errors: dict[str, None] = {}
     for site in _sites(config, stored, backbone, where):
-        settings = settings_of(config, f"{backbone.sites.prefix}.{site.path}")
+        settings = settings_of(config, _start(config, backbone) + site.path)
         row = meaning(settings, site)
         if row is None:
             errors[f"no method of peftscape is what this {config['peft_type']} does ({site.path})"] = None
         else:
             _, layers = found.setdefault(json.dumps(row, sort_keys=True), (row, {}))
-            layers.setdefault(site.kind, set()).add(site.layer)
+            name = f"{site.stack}.{site.kind}" if backbone.sites.decoder_layers else site.kind
+            layers.setdefault(name, set()).add(site.layer)
     if errors:
         raise InputError(where, list(errors)[:5])
     rows = []
@@ -118,9 +122,13 @@ def _placements(
         for kind, numbers in kinds.items():
             together.setdefault(tuple(sorted(numbers)), []).append(kind)
         for chosen, names in together.items():
-            every = {s.layer for s in backbone.sites.sites if s.kind in names}
+            every = {s.layer for s in backbone.sites.sites if s.named(names)}
             rows.append({**row, "sites": names, "layers": "all" if set(chosen) == every else _within(chosen, where)})
     return rows
+
+
+def _start(config: Mapping[str, Any], backbone: Backbone) -> str:
+    return backbone.sites.within(lm=config.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 
 
 def _within(layers: Iterable[int], where: str) -> list[int]:
@@ -158,7 +166,7 @@ def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Ba
     if "num_virtual_tokens" in config:
         kind = "input" if config["peft_type"] == "PROMPT_TUNING" else "kv"
         return [s for s in sites.sites if s.kind == kind]
-    start, kinds = f"base_model.model.{sites.prefix}.", {k for m in methods().values() for k in m.sites}
+    start, kinds = f"base_model.model.{_start(config, backbone)}", {k for m in methods().values() for k in m.sites}
     adapted: dict[str, list[Site]] = {}
     for site in sites.sites:
         if site.path and site.kind in kinds - {"kv", "bias", "attention", "ffn", "block"}:

@@ -45,7 +45,7 @@ def place(changes: Sequence[Change], backbone: Backbone, head: Head, *, stacked:
     beside, along = sum(c.form.beside for c in changes), 0
     _refuse_two_of_a_kind(changes)
     for path, here in modules.items():
-        name = f"{backbone.sites.prefix}.{path}"
+        name = backbone.sites.within(lm=head.kind == "lm") + path
         _refuse_parts(path, here)
         if stacked:
             _refuse_overlaps(path, here)
@@ -82,24 +82,26 @@ def place(changes: Sequence[Change], backbone: Backbone, head: Head, *, stacked:
                 listed.setdefault(entry, []).append(name)
     trained = {f"{start}{name}": shape for name, shape in head.shapes.items()}
     on_top = {f"head/{name}": f"{start}{name}" for name in head.shapes}
-    config = _config(changes[0].form, entries, listed, backbone)
+    config = _config(changes[0].form, entries, listed, backbone, head)
     note = changes[0].form.note or f"HF peft's {changes[0].form.kind} on {len(modules)} modules"
     return PeftFolder(config, shapes | trained, rest, tuple(pieces), on_top, note)
 
 
 def _config(
-    form: PeftForm, entries: Mapping[str, dict[str, Any]], listed: Mapping[str, list[str]], backbone: Backbone
-) -> dict[str, Any]:
+    form: PeftForm, entries: Mapping[str, dict[str, Any]], listed: Mapping[str, list[str]], backbone: Backbone,
+    head: Head,
+) -> dict[str, Any]:  # fmt: skip
     """`adapter_config.json`."""
     config = {"peft_type": form.kind} | _patterns(form.kind, entries)
     config |= {entry: list(dict.fromkeys(names)) for entry, names in listed.items()}
     if form.virtual:
         config |= virtual_config(backbone, form.kind)
+    config |= {"base_model_name_or_path": source(backbone) or None, "inference_mode": True}
+    if head.kind == "lm":
+        return config | {"task_type": "SEQ_2_SEQ_LM" if backbone.sites.decoder_layers else "CAUSAL_LM"}
     modules_to_save = backbone.sites.head.modules if backbone.sites.head is not None else ()
     return config | {
-        "base_model_name_or_path": source(backbone) or None,
         "task_type": "SEQ_CLS",
-        "inference_mode": True,
         # peft names both for every classifier, whichever of them there is.
         "modules_to_save": list(dict.fromkeys([*modules_to_save, "classifier", "score"])),
     }

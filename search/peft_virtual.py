@@ -23,7 +23,7 @@ def refusal(card: Card, backbone: Backbone, where: Sequence[Site], kind: str) ->
     if kind == "PROMPT_TUNING":
         if others:
             return "HF peft's prompt tuning takes one prompt"
-        if sites.head is not None and sites.head.pooling != "last":
+        if card.head == "class" and sites.head is not None and sites.head.pooling != "last":
             return f"HF peft's prompt tuning pools a virtual token in {sites.family} classifiers; ours pool the text"
         return None
     if others or [s.layer for s in where] != list(range(sites.layers)):

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peftscape.search import examples
+from peftscape.search import examples, language_examples
 from peftscape.search.embedded import EMBEDDED_TASKS, MissingPackageError
 from peftscape.search.encoding import EncodedSplit, EncodedTask, encode
+from peftscape.search.generation_metrics import missing_package
+from peftscape.search.language import Language
 from peftscape.search.metrics import METRICS, Metric, metric
 from peftscape.search.tables import Table, TaskError, is_file_name
 from peftscape.search.task_config import (
@@ -31,6 +33,8 @@ from peftscape.search.task_config import (
     config_errors,
     raise_all,
     read_tables,
+    task_kind,
+    with_columns,
 )
 
 __all__ = [
@@ -46,16 +50,24 @@ __all__ = [
 ]
 
 _HEAD_ROWS = 200  # how much of a file `check_task` reads
-_DEFAULT_METRIC: Mapping[Kind, str] = {"classification": "accuracy", "regression": "pearson"}
+DEFAULT_METRIC: Mapping[Kind, str] = {
+    "classification": "accuracy", "regression": "pearson", "lm": "loss", "multiple_choice": "accuracy",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Examples: texts, second texts of pairs, and targets (int64 class ids, or float32 numbers)."""
+    """Examples: texts, second texts of pairs, and targets (int64 class ids, or float32 numbers).
+
+    For language models `texts` are the prompts where there are `completions`, and chats as JSON; `options` are the
+    answers of each example where these differ, and targets the numbers of the right ones.
+    """
 
     texts: list[str]
     pairs: list[str] | None
     targets: NDArray[Any]
+    completions: list[str] | None = None
+    options: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -63,12 +75,16 @@ class Split:
     def take(self, rows: NDArray[np.bool_]) -> Split:
         """The examples where `rows` is true, in their order."""
         kept = np.flatnonzero(rows)
-        pairs = None if self.pairs is None else [self.pairs[i] for i in kept]
-        return Split([self.texts[i] for i in kept], pairs, self.targets[kept])
+
+        def some(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in kept]
+
+        texts = [self.texts[i] for i in kept]
+        return Split(texts, some(self.pairs), self.targets[kept], some(self.completions), some(self.options))
 
     def examples(self) -> list[tuple[str, str]]:
-        """What a model sees of each example: its text and its second text."""
-        return list(zip(self.texts, self.pairs or [""] * len(self), strict=True))
+        """What a model sees of each example: its text and its second text, or its completion."""
+        return list(zip(self.texts, self.pairs or self.completions or [""] * len(self), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +103,15 @@ class Task:
     test: Split
     seed: int
     carved: tuple[SplitName, ...] = ()
+    language: Language | None = None
 
     @property
     def num_outputs(self) -> int:
-        """The width of the head: the number of classes, or 1."""
-        return len(self.labels) or 1
+        """What a model gives for each example: a number for each class or option, or 1; for language modelling 2."""
+        if self.kind == "lm":
+            return 2
+        options = (len(o) for split in self.splits().values() for o in split.options or ())
+        return len(self.labels) or max(options, default=1)
 
     def splits(self) -> dict[SplitName, Split]:
         """The three splits by name."""
@@ -107,9 +127,13 @@ class Task:
                 digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths, so that no two contents run alike
 
         add("peftscape.task.1", self.kind, *self.labels)
+        if self.language is not None:
+            add(*self.language.words())
         for name, split in self.splits().items():
             add(name, str(len(split)), *split.texts)
             add("pairs" if split.pairs is not None else "single", *(split.pairs or []))
+            for answers in (split.completions, *(split.options or ())):
+                add(*(answers or ()))
             digest.update(split.targets.astype("<i8" if self.labels else "<f4").tobytes())
         return digest.hexdigest()
 
@@ -147,6 +171,7 @@ def load_task(config: TaskConfig) -> Task:
     """
     errors = config_errors(config)
     raise_all(config, errors)
+    config = with_columns(config)
     try:
         tables = read_tables(config)
     except MissingPackageError as error:
@@ -155,7 +180,8 @@ def load_task(config: TaskConfig) -> Task:
         errors += _table_errors(config, table)
     raise_all(config, errors)
     kind, labels, splits = _examples(config, tables, errors)
-    chosen = _metric(config, kind, len(labels), errors)
+    language = _language(config, kind, labels, splits, errors)
+    chosen = _metric(config, kind, len(labels) if splits["train"].options is None else None, errors)
     raise_all(config, errors)
     assert chosen is not None
     carved: list[SplitName] = []
@@ -169,14 +195,18 @@ def load_task(config: TaskConfig) -> Task:
             rows = _take(splits["train"], kind, _count(size, len(splits["train"])), (config.seed, stream))
             splits[name], splits["train"] = splits["train"].take(rows), splits["train"].take(~rows)
             carved.append(name)
-    surplus = len(splits["train"]) - (config.max_train or len(splits["train"]))
-    if surplus > 0:
-        splits["train"] = splits["train"].take(~_take(splits["train"], kind, surplus, (config.seed, 3)))
+    most: list[tuple[SplitName, int | None]] = [("train", config.max_train), ("test", config.max_test)]
+    for stream, (name, limit) in enumerate(most, start=3):
+        surplus = len(splits[name]) - (limit or len(splits[name]))
+        if surplus > 0:
+            splits[name] = splits[name].take(~_take(splits[name], kind, surplus, (config.seed, stream)))
     for name in SPLITS:
         if not len(splits[name]):
             errors.append(f"task.{name}: no rows are left; the training data is too small to cut it from")
     raise_all(config, errors)
-    return Task(config.source, kind, labels, chosen, **splits, seed=config.seed, carved=tuple(carved))
+    return Task(
+        config.source, kind, labels, chosen, **splits, seed=config.seed, carved=tuple(carved), language=language
+    )
 
 
 def check_task(config: TaskConfig) -> list[str]:
@@ -184,11 +214,14 @@ def check_task(config: TaskConfig) -> list[str]:
     errors = config_errors(config)
     if errors:
         return errors
+    config = with_columns(config)
     try:
         if config.name is not None:
             EMBEDDED_TASKS[config.name].paths()
-            classes = len(EMBEDDED_TASKS[config.name].classes)
-            _metric(config, "classification", classes, errors)
+            embedded = EMBEDDED_TASKS[config.name]
+            _metric(config, config.kind or embedded.kind, len(embedded.classes), errors)
+            if config.choices is not None:
+                language_examples.choice_words(config.choices, embedded.classes, errors)
             return errors
         if config.path is not None and not is_file_name(config.path) and not Path(config.path).expanduser().is_dir():
             return errors  # a dataset of the hub: not asked before the search starts
@@ -200,6 +233,11 @@ def check_task(config: TaskConfig) -> list[str]:
     for table in tables.values():
         errors += _table_errors(config, table)
     if errors:
+        return errors
+    if config.kind == "lm" or config.options is not None:
+        for table in tables.values():
+            _language_split(config, table, errors)
+        _metric(config, config.kind or "lm", None, errors)
         return errors
     # Classes can be told from all rows only, so of the labels only what holds for each row is said here.
     labels = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
@@ -216,7 +254,11 @@ def check_task(config: TaskConfig) -> list[str]:
 
 def _table_errors(config: TaskConfig, table: Table) -> list[str]:
     """Missing columns and missing rows of one table."""
-    columns = {"text": "text", "label": "label"} if config.name is not None else config.columns
+    columns = config.columns
+    if config.name is not None:
+        columns = {"text": "text"} | ({} if task_kind(config) == "lm" else {"label": "label"})
+        if config.prompt is not None:
+            columns = {"prompt": "prompt", "completion": "completion"}
     errors = examples.missing_columns(table, columns)
     return errors if errors or table.rows else [f"task.path: {table.source} has no rows"]
 
@@ -225,20 +267,23 @@ def _examples(
     config: TaskConfig, tables: Mapping[SplitName, Table], errors: list[str]
 ) -> tuple[Kind, tuple[str, ...], dict[SplitName, Split]]:
     """The splits that are given, with targets, and what the training labels say they are."""
+    given = task_kind(config)
+    if given == "lm" or config.options is not None:
+        return given or "lm", (), {name: _language_split(config, table, errors) for name, table in tables.items()}
     raw = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
     train = tables["train"]
     kind: Kind = config.kind or (
         "classification" if config.label in train.class_names else examples.infer_kind(raw["train"])
     )
     labels: tuple[str, ...] = ()
-    if kind == "classification":
+    if kind != "regression":
         labels = examples.class_names(train, config.label, raw["train"], errors)
     splits: dict[SplitName, Split] = {}
     for name, table in tables.items():
         texts = examples.read_texts(table, "text", config.text, errors)
         pairs = None if config.pair is None else examples.read_texts(table, "pair", config.pair, errors)
         targets: NDArray[Any]
-        if kind == "classification":
+        if kind != "regression":
             targets = examples.class_ids(table, config.label, raw[name], labels, errors)
         else:
             targets = examples.numbers(table, config.label, raw[name], errors)
@@ -246,10 +291,53 @@ def _examples(
     return kind, labels, splits
 
 
+def _language_split(config: TaskConfig, table: Table, errors: list[str]) -> Split:
+    """Texts for a language model: whole, behind prompts, as chats, or with options of their own."""
+    if config.messages is not None:
+        texts, completions = language_examples.read_chats(table, config.messages, errors), None
+    elif config.prompt is not None and config.completion is not None:
+        texts = examples.read_texts(table, "prompt", config.prompt, errors)
+        completions = examples.read_texts(table, "completion", config.completion, errors)
+    else:
+        texts, completions = examples.read_texts(table, "text", config.text, errors), None
+    if config.options is None:
+        return Split(texts, None, np.zeros(len(texts), dtype=np.float32), completions)
+    pairs = None if config.pair is None else examples.read_texts(table, "pair", config.pair, errors)
+    options = language_examples.read_options(table, config.options, errors)
+    right = language_examples.right_options(table, config.label, options, errors)
+    return Split(texts, pairs, right, options=options)
+
+
+def _language(
+    config: TaskConfig, kind: Kind, labels: tuple[str, ...], splits: Mapping[SplitName, Split], errors: list[str]
+) -> Language | None:
+    """How examples become a language model's texts; None for classification and regression."""
+    if kind == "multiple_choice":
+        words = () if config.options is not None else language_examples.choice_words(config.choices, labels, errors)
+        return Language("choices", "completion", words, config.template, config.normalise)
+    if kind != "lm":
+        return None
+    if config.messages is None and splits["train"].completions is None:
+        return Language("text", "all")
+    return Language("chat" if config.messages is not None else "completion", config.loss_on or "completion")
+
+
 def _metric(config: TaskConfig, kind: Kind, classes: int | None, errors: list[str]) -> Metric | None:
-    chosen = metric(config.metric or _DEFAULT_METRIC[kind])
-    if chosen.kind != kind:
-        others = ", ".join(m.name for m in METRICS.values() if m.kind == kind)
+    chosen = metric(config.metric or DEFAULT_METRIC[kind])
+    like = "classification" if kind == "multiple_choice" else kind
+    if kind == "lm" and chosen.kind == "generation":
+        if config.completion is None:
+            errors.append(
+                f'task.metric: "{chosen.name}" is of what is written after a prompt; give prompt and completion'
+            )
+        if package := missing_package(chosen.name):
+            errors.append(f'task.metric: "{chosen.name}" needs the package {package}: pip install {package}')
+        return chosen
+    if config.options is not None and chosen.name not in (names := ("accuracy", "log_loss")):
+        errors.append(f'task.metric: "{chosen.name}" needs classes; with options there are: {", ".join(names)}')
+    elif chosen.kind != like:
+        kinds = (like, "generation") if kind == "lm" else (like,)
+        others = ", ".join(m.name for m in METRICS.values() if m.kind in kinds)
         errors.append(f'task.metric: "{chosen.name}" is for {chosen.kind}, the task is {kind}; there are: {others}')
     elif chosen.binary and classes not in (None, 2):
         errors.append(f'task.metric: "{chosen.name}" needs 2 classes, the task has {classes}; take "macro_f1"')
@@ -263,5 +351,6 @@ def _count(size: int | float, rows: int) -> int:
 
 def _take(split: Split, kind: Kind, size: int, seed: tuple[int, int]) -> NDArray[np.bool_]:
     """Which rows to set aside; numbers have no classes to keep in proportion."""
-    classes = split.targets if kind == "classification" else np.zeros(len(split), dtype=np.int64)
+    by_class = kind in ("classification", "multiple_choice") and split.options is None
+    classes = split.targets if by_class else np.zeros(len(split), dtype=np.int64)
     return examples.take_stratified(classes, size, seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
 from peftscape.search.embedded import EMBEDDED_TASKS
@@ -11,10 +13,17 @@ from peftscape.search.metrics import METRICS
 from peftscape.search.tables import Table, TaskError, is_file_name, read_dataset, read_file
 from peftscape.spaces.words import nearest
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "lm", "multiple_choice"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-KINDS: tuple[Kind, ...] = ("classification", "regression")
+KINDS: tuple[Kind, ...] = ("classification", "regression", "lm", "multiple_choice")
+#: What only tasks of these kinds read.
+_ONLY: Mapping[str, tuple[Kind, ...]] = {
+    "prompt": ("lm",), "completion": ("lm",), "messages": ("lm",), "loss_on": ("lm",),
+    "choices": ("multiple_choice",), "options": ("multiple_choice",), "normalise": ("multiple_choice",),
+    "template": ("multiple_choice",),
+}  # fmt: skip
+_COLUMNS = ("text", "pair", "label", "prompt", "completion", "messages", "options")
 
 # The names under which published datasets keep their validation data; `train` and `test` have no others.
 _VALIDATION_NAMES = ("validation", "dev", "valid", "val")
@@ -29,8 +38,16 @@ class TaskConfig:
     `test` are files (without `path`, or inside it) or names of splits.
 
     A size is a fraction of the training rows, or a count of which at most a fifth of the rows is taken; it
-    matters only where that split is not given. `max_train` caps the training rows, each class in proportion.
-    `kind` None: regression where the labels are decimal numbers. `metric` None: accuracy, or pearson.
+    matters only where that split is not given. `max_train` and `max_test` cap the
+    rows of a split, each class in proportion.
+    `kind` None: regression where the labels are decimal numbers. `metric` None: accuracy, pearson or loss.
+
+    `lm` learns texts: of one column (`text`), of `prompt` and `completion`, or of chats (`messages`, with the
+    tokenizer's template); `loss_on` says whether all tokens count or only those that answer, as by default where there
+    is a prompt. `multiple_choice` learns and ranks answers by their log-likelihood behind the text: the words of the
+    classes (`choices`, by label; the labels themselves where it is None), or those of a column of lists (`options`,
+    with the right one's number or text in `label`). `template` makes the prompt, `"{text}\\nAnswer:"`; `normalise`
+    divides by the answer's bytes.
     """
 
     name: str | None = None
@@ -42,18 +59,34 @@ class TaskConfig:
     text: str = "text"
     pair: str | None = None
     label: str = "label"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    options: str | None = None
+    choices: Mapping[str, str] | None = None
+    template: str | None = None
+    loss_on: Literal["completion", "all"] | None = None
+    normalise: bool = False
     kind: Kind | None = None
     metric: str | None = None
     validation_size: int | float = 500
     test_size: int | float = 2000
     seed: int = 0
     max_train: int | None = None
+    max_test: int | None = None
 
     @property
     def columns(self) -> dict[str, str]:
         """The columns that are read, by key."""
+        if self.messages is not None:
+            return {"messages": self.messages}
+        if self.prompt is not None and self.completion is not None:
+            return {"prompt": self.prompt, "completion": self.completion}
+        if self.kind == "lm":
+            return {"text": self.text}
         pair = {} if self.pair is None else {"pair": self.pair}
-        return {"text": self.text, **pair, "label": self.label}
+        options = {} if self.options is None else {"options": self.options}
+        return {"text": self.text, **pair, **options, "label": self.label}
 
     @property
     def source(self) -> str:
@@ -67,11 +100,23 @@ def raise_all(config: TaskConfig, errors: list[str]) -> None:
         raise TaskError(config.source, errors)
 
 
+def task_kind(config: TaskConfig) -> Kind | None:
+    """The kind as far as the configuration says it; None where the labels have to be read for it."""
+    return config.kind or (EMBEDDED_TASKS[config.name].kind if config.name in EMBEDDED_TASKS else None)
+
+
+def with_columns(config: TaskConfig) -> TaskConfig:
+    """The configuration with the columns of an embedded task that is of prompts and completions."""
+    if config.name in EMBEDDED_TASKS and EMBEDDED_TASKS[config.name].pairs:
+        return replace(config, prompt="prompt", completion="completion")
+    return config
+
+
 def config_errors(config: TaskConfig) -> list[str]:
     """What is wrong with the keys themselves, before any file is opened."""
     errors = [
         f"task.{key}: {getattr(config, key)!r} is not text"
-        for key in ("name", "path", "subset", *SPLITS, "text", "pair", "label", "metric")
+        for key in ("name", "path", "subset", *SPLITS, *_COLUMNS, "template", "metric")
         if not isinstance(getattr(config, key), str | (type(None) if key not in ("text", "label") else str))
     ]
     if errors:
@@ -80,11 +125,11 @@ def config_errors(config: TaskConfig) -> list[str]:
         if config.name not in EMBEDDED_TASKS:
             errors.append(f'task.name: no embedded task "{config.name}"{nearest(config.name, EMBEDDED_TASKS)}')
         for field in fields(config):
-            fixed = field.name in ("path", "subset", *SPLITS, "text", "pair", "label")
+            fixed = field.name in ("path", "subset", *SPLITS, *_COLUMNS)
             if fixed and getattr(config, field.name) != (None if field.default is MISSING else field.default):
                 errors.append(f"task.{field.name}: the embedded tasks have their own data; give name or {field.name}")
-        if config.kind == "regression":
-            errors.append('task.kind: the embedded tasks are classification, not "regression"')
+        if config.name in EMBEDDED_TASKS:
+            errors += _embedded_kind(config)
     elif config.path is None and config.train is None:
         errors.append(f"task.path: needed, or task.name ({', '.join(EMBEDDED_TASKS)})")
     if config.path is not None and is_file_name(config.path) and config.train is not None:
@@ -95,6 +140,7 @@ def config_errors(config: TaskConfig) -> list[str]:
         errors.append(f"task.test: train, validation and test must differ, not {', '.join(given)}")
     if config.kind is not None and config.kind not in KINDS:
         errors.append(f'task.kind: no kind "{config.kind}"{nearest(str(config.kind), KINDS)}')
+    errors += _language_errors(config)
     if config.metric is not None and config.metric not in METRICS:
         errors.append(f'task.metric: no metric "{config.metric}"{nearest(config.metric, METRICS)}')
     for key, size in (("validation_size", config.validation_size), ("test_size", config.test_size)):
@@ -102,9 +148,52 @@ def config_errors(config: TaskConfig) -> list[str]:
             errors.append(f"task.{key}: {size!r} is neither a count of 1 or more nor a fraction between 0 and 1")
     if not _is_whole(config.seed, 0) or config.seed >= 2**32:
         errors.append(f"task.seed: {config.seed!r} is not a whole number from 0 to 2**32 - 1")
-    if config.max_train is not None and not _is_whole(config.max_train, 1):
-        errors.append(f"task.max_train: {config.max_train!r} is not a whole number of 1 or more")
+    for key, most in (("max_train", config.max_train), ("max_test", config.max_test)):
+        if most is not None and not _is_whole(most, 1):
+            errors.append(f"task.{key}: {most!r} is not a whole number of 1 or more")
     return errors
+
+
+def _embedded_kind(config: TaskConfig) -> list[str]:
+    """An embedded task of labelled texts can be learnt by its words too."""
+    own = EMBEDDED_TASKS[str(config.name)].kind
+    kinds = (own, "multiple_choice") if own == "classification" else (own,)
+    if config.kind is None or config.kind in kinds:
+        return []
+    return [f'task.kind: "{config.name}" is {" or ".join(kinds)}, not "{config.kind}"']
+
+
+def _language_errors(config: TaskConfig) -> list[str]:
+    """What is wrong with the keys of language modelling."""
+    kind = task_kind(config)
+    errors = [
+        f"task.{key}: only for kind = {' or '.join(kinds)}"
+        for key, kinds in _ONLY.items()
+        if getattr(config, key) and kind not in kinds
+    ]
+    if (config.prompt is None) != (config.completion is None):
+        errors.append("task.completion: prompt and completion go together; texts without a prompt are text = COLUMN")
+    if config.messages is not None and config.prompt is not None:
+        errors.append("task.messages: chats have no further prompt; give messages, or prompt and completion")
+    if config.loss_on == "completion" and config.messages is None and config.prompt is None:
+        errors.append('task.loss_on: "completion" needs a prompt and a completion, or messages')
+    if config.choices is not None and config.options is not None:
+        errors.append("task.options: each row has its own options already; give choices or options")
+    if config.choices is not None and not all(isinstance(word, str) and word for word in config.choices.values()):
+        errors.append('task.choices: a word for each label was expected, as in {negative = "bad", positive = "good"}')
+    if config.template is not None:
+        errors += _template_errors(config.template)
+    return errors
+
+
+def _template_errors(template: str) -> list[str]:
+    try:
+        names = [name for _, name, *_ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        return [f"task.template: {error}; write {{{{ and }}}} for braces"]
+    if strange := [name for name in names if name not in ("text", "pair")]:
+        return [f'task.template: no "{{{strange[0]}}}"; there are {{text}} and {{pair}}']
+    return [] if "text" in names else ['task.template: "{text}" is missing from it']
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -22,12 +22,15 @@ class Text:
         place: lanes x tokens, from 0 at the text's first token.
         length: lanes x tokens, of the token's text.
         texts: texts of a lane.
+        context: lanes x tokens; where a language model learns to predict, how many tokens of the token's text all
+            others may read: its prompt. None where a whole text may be read by all its tokens.
     """
 
     row: Tensor
     place: Tensor
     length: Tensor
     texts: int
+    context: Tensor | None = None
 
     def sum(self, x: Tensor) -> Tensor:
         """lanes x tokens x width to lanes x texts x width."""
@@ -36,8 +39,11 @@ class Text:
         return x.new_zeros(lanes, self.texts + 1, width).scatter_add(1, index, x)[:, : self.texts]
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over each text: lanes x tokens x width to lanes x texts x width."""
+        """The mean over each text, or its context: lanes x tokens x width to lanes x texts x width."""
         ones = x.new_ones(*self.row.shape, 1)
+        if self.context is not None:
+            ones = (self.place < self.context).to(x.dtype).unsqueeze(-1)
+            x = x * ones
         return self.sum(x) / self.sum(ones).clamp(min=1)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -78,4 +84,5 @@ class Text:
     def lanes(self, first: int, count: int) -> Text:
         """The texts of some neighbouring lanes."""
         row, place, length = (t.narrow(0, first, count) for t in (self.row, self.place, self.length))
-        return Text(row, place, length, self.texts)
+        context = None if self.context is None else self.context.narrow(0, first, count)
+        return Text(row, place, length, self.texts, context)
