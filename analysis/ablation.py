@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from peftscape.analysis.designs import Value, parts
 from peftscape.analysis.noise import validation_error
+from peftscape.analysis.predictor import predictor
 from peftscape.spaces.record import Record
 
 MOST = 500
-"""The forest that predicts is fitted to so many designs at most, the last."""
+"""What predicts is fitted to so many designs at most, the last."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Step:
 
     `number` is that of the record with this design, and `ablation` whether the record was made for the path;
     where there is none the score is predicted. `error` is the standard error of a recorded score, and the
-    root mean square of the forest's out-of-bag errors for a predicted one.
+    root mean square of the predictor's errors on left-out designs for a predicted one.
     """
 
     change: str
@@ -44,17 +42,17 @@ def ends(records: Sequence[Record]) -> tuple[Record, Record] | None:
 
 
 def ablation(records: Sequence[Record], start: Record, goal: Record, made: Sequence[Record] = ()) -> tuple[Step, ...]:
-    """From one design to another, each time the change that a random forest expects most of next.
+    """From one design to another, each time the change that is expected to gain most.
 
     A change adds or drops a placement, or sets one of its knobs or one of the training's. The path depends on
     `records` alone, so that records `made` for it later do not change it; a step's score is that of a complete
-    record of exactly its design, of the search's or of `made`, else the forest's (scikit-learn, fitted to the
-    last 500 complete designs). The first step is `start`, the last `goal`.
+    record of exactly its design, of the search's or of `made`, else predicted from the last 500 complete designs
+    (`predictor.predictor`). The first step is `start`, the last `goal`.
     """
     known = {_frozen(r.design): (r, True) for r in reversed(made) if r.state == "complete"}
     known |= {_frozen(r.design): (r, False) for r in reversed(records) if r.state == "complete"}
     known |= {_frozen(r.design): (r, False) for r in (goal, start)}
-    predict, error = _forest([r for r in records if r.state == "complete"][-MOST:])
+    predict, error = predictor([r for r in records if r.state == "complete"][-MOST:])
     sign = 1 if goal.direction == "maximize" else -1
     here: Mapping[str, Any] = start.design
     steps = [Step("start", start.validation, validation_error(start), here, start.number)]
@@ -150,27 +148,3 @@ def _floats(value: Any) -> Any:
 
 def _frozen(design: Mapping[str, Any]) -> str:
     return _text({"placements": design.get("placements", ()), "training": design.get("training") or {}})
-
-
-def _forest(records: Sequence[Record]) -> tuple[Any, float]:
-    """A function from designs to their predicted scores, and its out-of-bag error."""
-    from sklearn.ensemble import RandomForestRegressor
-    from sklearn.feature_extraction import DictVectorizer
-
-    def row(design: Mapping[str, Any]) -> dict[str, Value]:
-        own = parts(design)
-        flat: dict[str, Value] = {f"has {m}": 1.0 for m in own}
-        return flat | {f"{m}.{k}": v for m, knobs in own.items() for k, v in knobs.items()}
-
-    encode = DictVectorizer(sparse=False)
-    table = encode.fit_transform([row(r.design) for r in records])
-    scores = np.array([r.validation for r in records])
-    several = len(records) >= 10
-    forest = RandomForestRegressor(n_estimators=60, min_samples_leaf=2, random_state=0, oob_score=several)
-    forest.fit(table, scores)
-    error = float(np.sqrt(np.mean((forest.oob_prediction_ - scores) ** 2))) if several else float(scores.std())
-
-    def predict(designs: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [float(v) for v in forest.predict(encode.transform([row(d) for d in designs]))]
-
-    return predict, error

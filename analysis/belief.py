@@ -8,14 +8,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from peftscape.analysis.front import Objective, finite
+from peftscape.analysis.front import Objective, finite, non_dominated
 from peftscape.analysis.measures import is_cost
 from peftscape.analysis.noise import Interval, standard_error
-from peftscape.analysis.outcomes import likeness
+from peftscape.analysis.outcomes import example_variance, likeness
 from peftscape.analysis.shrink import front_probability, posterior
 from peftscape.spaces.record import Record
 
 Floats = NDArray[np.float64]
+ROUGH = 0.45
+"""Beyond this blur (`shrink.Posterior`) front probabilities in the middle were off by about 0.1 in simulations."""
 CORRELATION = 0.5
 """How alike two designs are right and wrong on the same examples, where no outcomes tell: half."""
 
@@ -51,6 +53,9 @@ class Belief:
     `kind` is "probability" where repeated seeds say how much training varies, and "sensitivity" where scores
     are single ones: then it says how the front reacts to the error of the examples drawn, no more. `offset`
     is what the test differs from validation for like designs, `seed_sd` the standard deviation between seeds.
+    `rough`: scores err so much that they do not show how true ones are spread, and the middle hangs on that.
+    `drawn` says whether the error of the examples drawn is known, and in it: a loss betrays it by the outcomes of
+    retests alone.
     """
 
     kind: Literal["probability", "sensitivity"]
@@ -61,6 +66,8 @@ class Belief:
     seeds: int
     correlation: float = CORRELATION
     measured: bool = False
+    drawn: bool = True
+    rough: bool = False
     by_number: Mapping[int, Believed] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -111,8 +118,7 @@ def believe(
     shared = np.array([e.common for e in seen])
     wide = smooth + shared * np.random.default_rng(2).standard_normal((len(smooth), 1))
     low, high = np.percentile(wide, [2.5, 97.5], axis=0)
-    from peftscape.analysis.front import non_dominated
-
+    each = example_variance(able)
     member = non_dominated(values, [objective.direction for objective in objectives])
     designs = tuple(
         Believed(r, Interval(float(m), float(lo), float(hi), len(r.scores) + len(r.retests)), float(c), bool(on))
@@ -127,6 +133,8 @@ def believe(
         seeds,
         correlation,
         measured is not None,
+        any(math.isfinite(_sampling(r, r.validation, r.n_validation, each)) for r in able),
+        after.blur > ROUGH,
         {design.record.number: design for design in designs},
     )
 
@@ -148,7 +156,8 @@ def evidence(
     if not freedom and not test_freedom:
         between = math.nan
     seeds = freedom + test_freedom
-    sampling = [standard_error(r.metric, r.validation, r.n_validation) for r in records]
+    each = example_variance(records)
+    sampling = [_sampling(r, r.validation, r.n_validation, each) for r in records]
     if all(math.isnan(e) for e in sampling) and not seeds:
         return None
     share = 1 - correlation
@@ -173,7 +182,7 @@ def evidence(
     seen = []
     for i, record in enumerate(records):
         score, var, rest = float(scores[i]), errors[i], 1.0
-        drawn = standard_error(record.metric, score, n_test) if again else math.nan
+        drawn = _sampling(record, score, n_test, each) if again else math.nan
         # Moved to the test's scale, every score stands on the test's examples, whatever else it stands on.
         shared = common[i] if math.isnan(drawn) else drawn * drawn * correlation
         if tested[i]:
@@ -187,6 +196,12 @@ def evidence(
         seen.append(Evidence(score, math.sqrt(var), math.sqrt(shared), rest))
     sd = math.sqrt(between) if seeds else None
     return seen, offset, offset_error, sd, seeds
+
+
+def _sampling(record: Record, score: float, n: int, variance: float | None) -> float:
+    """The error of a score on n examples, by the metric's form or else by the variance seen over examples."""
+    known = standard_error(record.metric, score, n)
+    return math.sqrt(variance / n) if math.isnan(known) and variance is not None and n > 1 else known
 
 
 def _tests(record: Record) -> list[float]:

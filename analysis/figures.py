@@ -12,7 +12,8 @@ from peftscape.analysis.front import Objective, front
 from peftscape.analysis.measures import Imported, measured
 from peftscape.analysis.noise import retest_interval, validation_interval
 from peftscape.analysis.picks import Pick
-from peftscape.analysis.sources import Study
+from peftscape.analysis.states import last_score, state_of
+from peftscape.analysis.study import Study
 from peftscape.analysis.table import cost_text, spread
 from peftscape.spaces.record import Record
 
@@ -44,9 +45,7 @@ def front_figure(
     """
     axes = (study.quality, Objective(cost.name, "minimize"))
     placed = [
-        record
-        for record in study.records
-        if math.isfinite(axes[1].value(record)) and math.isfinite(axes[0].value(record))
+        record for record in study.records if math.isfinite(axes[1].value(record)) and math.isfinite(last_score(record))
     ]
     members = front(study.records, axes) if placed else ()
     positive = [value for record in placed if (value := axes[1].value(record)) > 0]
@@ -117,7 +116,7 @@ def _trials(placed: Sequence[Record], members: Sequence[Record], x: Any) -> list
     early = [record for record in placed if record.state != "complete"]
     if early:
         marker = {"color": QUIET, "symbol": "x-thin", "size": 6, "line": {"color": QUIET, "width": 1.2}}
-        traces.append(_points(early, "stopped early", x, marker))
+        traces.append(_points(early, "stopped early, score at the last rung", x, marker))
     for name, (color, symbol) in zip(ranked, STYLES, strict=False):
         opacity = [1.0 if record.number in inside else 0.45 for record in groups[name]]
         marker = {"color": color, "symbol": symbol, "size": size, "opacity": opacity, "line": {"width": 0}}
@@ -131,7 +130,7 @@ def _points(records: Sequence[Record], name: str, x: Any, marker: Mapping[str, A
         "mode": "markers",
         "name": name,
         "x": [x(record) for record in records],
-        "y": [record.validation for record in records],
+        "y": [last_score(record) for record in records],
         "customdata": [record.number for record in records],
         "hovertemplate": "%{text}<extra></extra>",
         "marker": dict(marker),
@@ -196,8 +195,8 @@ def _annotations(recommended: Sequence[Pick], axes: Sequence[Objective], x: Any)
             "arrowhead": 0,
             "arrowwidth": 1,
             "arrowcolor": INK,
-            "ax": -26,  # above and to the left of a member of the front there is no trial
-            "ay": -24,
+            "ax": -26,  # to the left of a member of the front, on the better side, there is no trial
+            "ay": -24 if axes[0].direction == "maximize" else 24,
             "standoff": 7,
             "bgcolor": "rgba(255,255,255,0.85)",
             "font": {"size": 12, "color": INK},
@@ -213,11 +212,12 @@ def _range(members: Sequence[Record], placed: Sequence[Record]) -> list[float] |
     for record in members:
         for interval in (validation_interval(record), retest_interval(record)):
             ends += [v for v in (interval.low, interval.high) if math.isfinite(v)] if interval else []
-    ordered = sorted(record.validation for record in placed)
+    ordered = sorted(map(last_score, placed))
     cut = len(ordered) // 20
     low, high = min(*ends, ordered[cut]), max(*ends, ordered[-1 - cut])
     margin = (high - low) * 0.06 or 0.05
-    return [low - margin, high + margin]
+    # Room for the recommended designs' numbers, which stand below where less is better.
+    return [low - margin * (1 if members[0].direction == "maximize" else 2), high + margin]
 
 
 def layout(x_title: str, y_title: str) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _hover(record: Record, knobs: bool) -> str:
         wrapped = textwrap.wrap(text, 64, break_long_words=True)
         return [*wrapped[:most], *(["…"] if len(wrapped) > most else [])]
 
-    state = "stopped early" if record.state == "pruned" else record.state
+    state = state_of(record)
     head = f"#{record.number} {record.label}" + (f" ({record.textbook})" if record.textbook else "")
     where = "" if isinstance(record, Imported) else " in validation"
     body = [f"{state}; {record.metric}{where} {spread_of(record)}"]
@@ -266,7 +266,7 @@ def spread_of(record: Record) -> str:
     """A record's validation score with the interval that its number of examples leaves."""
     interval = validation_interval(record)
     if interval is None:
-        return units.score(record.validation)
+        return units.score(last_score(record))
     return f"{units.score(interval.mean)} ({units.score(interval.low)} to {units.score(interval.high)})"
 
 

@@ -17,7 +17,7 @@ from peftscape.analysis.heat import Heat, heat_map
 from peftscape.analysis.importance import MOST, Importance, Interaction, Level, importances, interactions, marginal
 from peftscape.analysis.measures import is_cost
 from peftscape.analysis.notes import notes
-from peftscape.analysis.sources import Study
+from peftscape.analysis.study import Study
 from peftscape.analysis.tuning import TuningCurve, tuning_curves
 from peftscape.spaces.record import Record
 
@@ -149,6 +149,17 @@ def claims(
             said.append(
                 "Scores are single ones, so these shares are a sensitivity, not a probability: they hold the error "
                 "of the examples drawn, with designs taken as half alike on them, and nothing of the luck of training."
+            )
+        if belief.rough:
+            said.append(
+                "Scores err by nearly as much as designs of like cost lie apart, so they do not show how true "
+                "scores are spread. The shares in the middle are rough for that: in simulations designs given 0.2 to "
+                "0.4 were members in 0.2 to 0.5 of cases. More examples or seeds make them sharper."
+            )
+        if not belief.drawn:
+            said.append(
+                f"How far {study.quality.name} depends on which examples were drawn is not known (no retest kept what "
+                "each example gave): these figures hold the luck of training alone."
             )
         if belief.measured:
             said.append(

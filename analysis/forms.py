@@ -14,9 +14,12 @@ from peftscape.analysis.findings import find
 from peftscape.analysis.measures import measured
 from peftscape.analysis.more_figures import curve_traces
 from peftscape.analysis.noise import retest_interval
+from peftscape.analysis.notes import failed_runs, spent
 from peftscape.analysis.picks import picks
+from peftscape.analysis.predicted import PREDICTED, predicted_rows
 from peftscape.analysis.report import write_report
-from peftscape.analysis.sources import SourceError, Study
+from peftscape.analysis.states import counted
+from peftscape.analysis.study import SourceError, Study
 from peftscape.analysis.table import cost_text, spread
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -45,9 +48,8 @@ def markdown(study: Study) -> str:
     """The report's answer, front, claims and notes as Markdown; names are escaped."""
     found = find(study)
     costs = units.shown(measured(study.records))
-    states = [record.state for record in study.records]
     lines = [f"# {_plain(study.name)}", ""]
-    lines += [f"{len(states)} trials: {states.count('complete')} complete, {states.count('failed')} failed.", ""]
+    lines += [f"{len(study.records):,} trials: {counted(study.records)}.", ""]
     lines += ["## What to use", ""]
     heads = ["up to", "#", "design", study.quality.name, "test (95 %)", "on front", *(c.short.lower() for c in costs)]
     rows = []
@@ -82,14 +84,12 @@ def markdown(study: Study) -> str:
         ],
     )
     lines += ["", "## How sure this is", "", *(f"- {_plain(claim)}" for claim in found.claims)]
-    failed = [record for record in study.records if record.state == "failed"]
-    if failed:
-        lines += ["", "## Failed trials", ""]
-        said = [
-            [str(r.number), r.label, r.failure.kind if r.failure else "", r.failure.message if r.failure else ""]
-            for r in failed
-        ]
-        lines += _table(["#", "design", "what", "message"], said)
+    if failed := failed_runs(study):
+        lines += ["", "## Failed runs", "", *_table(["#", "design", "what", "message", "step"], failed)]
+    lines += ["", "## What was spent", "", *_table(["what", "how much"], spent(study))]
+    if told := predicted_rows(study):
+        heads = ["design alone", "what", "predicted", "measured", "error"]
+        lines += ["", "## Predicted and measured", "", *_table(heads, told), "", PREDICTED]
     lines += ["", "## To repeat it", "", f"Read from {_plain(study.source)}.", ""]
     text = json.dumps(study.config, indent=2, ensure_ascii=False, default=str)
     lines += ["```json", text.replace("```", "` ` `"), "```", ""] if study.config else []

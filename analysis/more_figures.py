@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftscape.analysis import units
-from peftscape.analysis.figures import INK, QUIET, STYLES, layout
+from peftscape.analysis.figures import ACCENT, INK, QUIET, STYLES, layout
 from peftscape.analysis.fit import Curve
 from peftscape.analysis.heat import Heat
 from peftscape.analysis.importance import Importance, Level
 from peftscape.analysis.tuning import TuningCurve
+from peftscape.spaces.record import Record
 
 _BAND = "rgba(31,41,51,0.10)"
 
@@ -61,6 +62,34 @@ def tuning_figure(curves: Mapping[str, TuningCurve], metric: str) -> dict[str, A
         data.append({**trace, "y": curve.expected.tolist(), "line": {"color": colour, "width": width}})
     made = layout("Trials", f"best {metric} to expect, validation")
     made["xaxis"] |= {"type": "log", "tickmode": "auto"}
+    return {"data": data, "layout": {**made, "height": 420}}
+
+
+def rung_figure(records: Sequence[Record], metric: str) -> dict[str, Any] | None:
+    """Validation scores on the way, of trials that were stopped at a rung and of those that came to the end."""
+    groups: dict[str, list[Record]] = {"to the end": [], "stopped at a rung": []}  # the second is drawn above
+    for record in records:
+        if record.rungs and record.state in ("pruned", "complete"):
+            groups["to the end" if record.state == "complete" else "stopped at a rung"].append(record)
+    if not groups["stopped at a rung"]:
+        return None
+    data = []
+    for (name, group), (colour, symbol) in zip(groups.items(), (("#9cc4e4", "circle"), (ACCENT, "x")), strict=True):
+        x: list[float | None] = []
+        y: list[float | None] = []
+        said: list[str] = []
+        for record in group:
+            points = [(rung.examples, rung.validation) for rung in record.rungs]
+            points += [(record.curve[-1][0], record.validation)] if record.scores and record.curve else []
+            x += [*(at for at, _ in points), None]  # None ends a line
+            y += [*(score if math.isfinite(score) else None for _, score in points), None]
+            said += [html.escape(f"#{record.number} {record.label}")] * (len(points) + 1)
+        marker = {"color": colour, "symbol": symbol, "size": 7}
+        trace = {"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "text": said}
+        hover = "%{text}: %{y:.3f} after %{x:,} examples<extra></extra>"
+        data.append({**trace, "marker": marker, "line": {"color": colour, "width": 1}, "hovertemplate": hover})
+    made = layout("examples seen", f"{metric}, validation")
+    made["xaxis"] |= {"tickmode": "auto"}
     return {"data": data, "layout": {**made, "height": 420}}
 
 

@@ -11,7 +11,8 @@ from peftscape.analysis.front import Objective, finite, non_dominated
 from peftscape.spaces.record import COSTS, Record
 
 _CORRELATIONS = frozenset({"matthews", "pearson", "spearman"})
-_UNBOUNDED = frozenset({"mse", "rmse", "mae", "loss", "perplexity"})
+# No sampling error is known from the value alone.
+_NO_SHARE = frozenset({"mse", "rmse", "mae", "loss", "perplexity", "bleu", "chrf", "rouge_l"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def standard_error(metric: str, value: float, n: int) -> float:
     successes and two failures (Agresti and Coull 1998), so that a perfect score is not free of error.
     Correlations (Matthews, Pearson, Spearman): (1 - r^2) / sqrt(n - 1).
     """
-    if n < 2 or not math.isfinite(value) or metric in _UNBOUNDED:
+    if n < 2 or not math.isfinite(value) or metric in _NO_SHARE:
         return math.nan
     if metric in _CORRELATIONS:
         return (1 - min(1.0, value * value)) / math.sqrt(n - 1)

@@ -1,10 +1,12 @@
 """Notes: what a study's figures can and cannot show, and what it cost to make them."""
 
 import math
+from collections import Counter
 
 from peftscape.analysis import units
-from peftscape.analysis.noise import smallest_difference
-from peftscape.analysis.sources import Study
+from peftscape.analysis.noise import smallest_difference, validation_interval
+from peftscape.analysis.states import saved
+from peftscape.analysis.study import Study
 from peftscape.spaces.record import Record
 
 
@@ -15,13 +17,68 @@ def spent(study: Study) -> list[tuple[str, str]]:
     seeds = [score for record in records for score in record.retests]
     spent = [
         ("Trials", f"{len(records):,}"),
+        *_account(study),
         ("From the first start to the last end", units.seconds(study.elapsed_s)),
         ("Sum of the trials' own times (lanes overlap)", units.seconds(sum(r.wall_s for r in records))),
         ("Training work, counted as if each trained alone", units.amount(work, "FLOP") if work else "–"),
+        *_stopped(study),
         ("Retests", f"{len(seeds):,} of {sum(bool(r.retests) for r in records):,} designs"),
         ("Sum of the retests' times", units.seconds(sum(score.wall_s for score in seeds))),
+        ("Retests that failed", f"{len(study.failed_retests):,}" if study.failed_retests else "–"),
     ]
     return [(name, value) for name, value in spent if value != "–"]
+
+
+def _stopped(study: Study) -> list[tuple[str, str]]:
+    """How many trials were stopped at which rung, and the training that this saved."""
+    at = Counter(record.rungs[-1].examples for record in study.records if record.state == "pruned" and record.rungs)
+    rows = [
+        (f"Stopped at the rung of {examples:,} examples", f"{n:,} trial{'' if n == 1 else 's'}")
+        for examples, n in sorted(at.items())
+    ]
+    if found := saved(study.records):
+        less, whole = found
+        rows.append(("Training that stopping saved", f"{less:,} of {whole:,} examples ({less / whole:.0%})"))
+    return rows
+
+
+_PARTS = (
+    ("loading_s", "Loading model and data"),
+    ("training_s", "Training trials"),
+    ("evaluation_s", "Evaluating trials"),
+    ("retest_s", "Training and scoring retests"),
+    ("waiting_s", "Waiting for other workers"),
+    ("report_s", "Writing reports"),
+    ("lost_s", "Lost to failures"),
+)
+
+
+def _account(study: Study) -> list[tuple[str, str]]:
+    """The accounts of the search's own sessions, where it kept them (`Study.spent`)."""
+    spent = study.spent
+    if not spent:
+        return []
+    sessions = int(spent["sessions"])
+    return [
+        ("Sessions", f"{sessions:,}"),
+        ("Time of all sessions" + (", side by side once" if sessions > 1 else ""), units.seconds(spent["wall_s"])),
+        *((words, units.seconds(spent.get(name, 0.0))) for name, words in _PARTS),
+        ("Computing, trials and retests", units.seconds(spent.get("device_s", 0.0))),
+        ("Training examples", f"{int(spent.get('examples', 0)):,}"),
+    ]
+
+
+def failed_runs(study: Study) -> list[tuple[str, str, str, str, str]]:
+    """Trials and retests that gave no score: number, what it was, the kind of failure, its message, and the step."""
+    runs = [(r.number, r.label, r.failure) for r in study.records if r.state == "failed"]
+    labels = {record.number: record.label for record in study.records}
+    runs += [(r.of, f"{labels[r.of]}, retest with seed {r.seed}", r.failure) for r in study.failed_retests]
+    return [
+        (str(number), label, why.kind, why.message, "–" if why.step is None else str(why.step))
+        if why
+        else (str(number), label, "", "", "–")
+        for number, label, why in runs
+    ]
 
 
 def notes(study: Study) -> list[str]:
@@ -47,15 +104,9 @@ def notes(study: Study) -> list[str]:
             "A test interval is a 95 % t-interval of the mean over seeds: it holds the luck of training, not "
             "of which test examples were drawn."
         )
-        gaps = [record.validation - record.test for record in retested if math.isfinite(record.test)]
-        if gaps:
-            found.append(
-                f"In validation these designs scored {math.fsum(gaps) / len(gaps):+.3f} against their own "
-                "test means, on average: what selecting the best adds, and how the two sets differ."
-            )
         found += _resolution(retested)
-    sizes = sorted({record.n_validation for record in complete if record.n_validation})
-    if sizes:
+    bounded = [record for record in complete if validation_interval(record)]
+    if sizes := sorted({record.n_validation for record in bounded}):
         found.append(
             f"Validation has {' or '.join(f'{n:,}' for n in sizes)} examples. Bars on the front are the 95 % "
             "interval that this number leaves (Wilson's for shares); they say nothing about seeds."

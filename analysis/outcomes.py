@@ -49,7 +49,7 @@ def shared(a: Record, b: Record) -> tuple[Floats, Floats] | None:
 
 def likeness(records: Sequence[Record]) -> float | None:
     """How alike designs are right and wrong on the same test examples: the mean covariance of two designs'
-    outcomes over the mean variance of one's, between 0 and 0.95; None with fewer than two designs' outcomes.
+    outcomes over the mean variance of one's, between 0 and 0.999; None with fewer than two designs' outcomes.
     """
     means, variances = [], []
     for record in records:
@@ -61,4 +61,13 @@ def likeness(records: Sequence[Record]) -> float | None:
     if len(means) < 2 or not (spread := float(np.mean(variances))) > 0:
         return None
     covariance = np.mean([float(np.cov(a, b)[0, 1]) for a, b in itertools.combinations(means, 2)])
-    return float(np.clip(covariance / spread, 0.0, 0.95))
+    return float(np.clip(covariance / spread, 0.0, 0.999))
+
+
+def example_variance(records: Sequence[Record]) -> float | None:
+    """The variance of one design's outcomes over test examples, the mean over all retests; None without outcomes.
+
+    It gives metrics whose value alone does not say it (losses) the sampling error sqrt(variance / examples).
+    """
+    found = [float(own.var(ddof=1)) for r in records for own in of_record(r).values() if own.size > 1]
+    return float(np.mean(found)) if found else None

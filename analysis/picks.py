@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peftscape.analysis import units
 from peftscape.analysis.front import best_under, finite, front
 from peftscape.analysis.noise import standard_error
-from peftscape.analysis.sources import Study
+from peftscape.analysis.study import Study
 from peftscape.spaces.record import Record
 
 

@@ -16,7 +16,7 @@ from peftscape.analysis.figures import family
 from peftscape.analysis.front import Objective, ObjectiveError
 from peftscape.analysis.measures import is_cost, measure
 from peftscape.analysis.noise import t_interval
-from peftscape.analysis.sources import Study
+from peftscape.analysis.study import Study
 
 Floats = NDArray[np.float64]
 
@@ -52,7 +52,8 @@ class Progress:
 class Group:
     """Runs that differ in nothing but their seed.
 
-    `points` are each run's complete records as losses between 0 (the best seen anywhere) and 1 (the reference).
+    `points` are each run's complete records as losses between 0 (the best seen anywhere) and 1 (the reference);
+    `spent` what each run spent and on what (`Study.spent`), empty where it kept no account.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Group:
     points: tuple[Floats, ...]
     trials: Progress
     time: Progress | None
+    spent: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +249,8 @@ def _group(
         time = _progress(at, np.array(rows))
     cut = tuple(scaled[i][:shortest][np.isfinite(scaled[i][:shortest]).all(axis=1)] for i in which)
     finals = tuple(float(curves[i][shortest - 1]) if shortest else 0.0 for i in which)
-    return Group(name, tuple(studies[i].source for i in which), finals, cut, trials, time)
+    spent = tuple(studies[i].spent for i in which)
+    return Group(name, tuple(studies[i].source for i in which), finals, cut, trials, time, spent)
 
 
 def _progress(at: Floats, rows: Floats) -> Progress:

@@ -33,6 +33,7 @@ def compared_json(found: Compared) -> dict[str, Any]:
                 "hypervolume": list(group.finals),
                 "by_trial": _series(group.trials),
                 "by_time_s": _series(group.time) if group.time else None,
+                "spent": [dict(spent) for spent in group.spent],
             }
             for group in found.groups
         ],
@@ -93,7 +94,25 @@ def said(found: Compared) -> list[str]:
             "difference of this size takes to be found at 5 % with probability 0.8. Attained more: the largest share "
             "of runs by which one group reaches a point that the other does not."
         )
-    return [*lines, *found.notes]
+    return [*lines, *filter(None, map(_spent, found.groups)), *found.notes]
+
+
+_PARTS = {
+    "training_s": "training", "evaluation_s": "evaluation", "retest_s": "retests", "waiting_s": "waiting",
+    "lost_s": "lost to failures",
+}  # fmt: skip
+
+
+def _spent(group: Group) -> str | None:
+    """What a group's runs spent and on what, on average; None where one of them kept no account."""
+    if not group.spent or not all(group.spent):
+        return None
+
+    def mean(name: str) -> str:
+        return units.seconds(math.fsum(spent.get(name, 0.0) for spent in group.spent) / len(group.spent))
+
+    parts = ", ".join(f"{words} {mean(name)}" for name, words in _PARTS.items())
+    return f"Spent by {group.name}, a run: {mean('wall_s')}; of all its workers together {parts}."
 
 
 def _amount(value: float, axis: Objective) -> str:

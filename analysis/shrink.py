@@ -36,11 +36,14 @@ class Posterior:
     """Draws (draws x designs) of true scores; `shrunk` says whether a prior was learnt or scores taken as seen.
 
     `draws` say which designs pass which, `smooth` (from the smoother prior) how far each could be from its mean.
+    `blur` is the scores' error over the standard deviation of true scores of like cost: where it is large, scores
+    show little of the shape of the prior, which front probabilities hang on.
     """
 
     draws: Floats
     smooth: Floats
     shrunk: bool
+    blur: float = math.inf
 
     @property
     def mean(self) -> Floats:
@@ -101,7 +104,8 @@ def posterior(
     some = rng.choice(n, MOST, replace=False) if n > MOST else np.arange(n)
     own, own2, own_basis, m = z[some], e2[some], basis[some], len(some)
     fits = [_fit(own, own2, own_basis, np.ones(m), k) for k in (1, 2, 3) if 4 * k <= m]
-    parts = min(fits, key=lambda fit: _bic(fit, m)).weights.size
+    chosen = min(fits, key=lambda fit: _bic(fit, m))
+    parts = chosen.weights.size
     refits = refits or (20 if n <= 500 else 6 if n <= MOST else 3)
     found: list[Floats] = []
     smooth: list[Floats] = []
@@ -112,7 +116,15 @@ def posterior(
             shaped = _shape(start, own, own2, own_basis, weights, *prior)
             into.append(_draw(shaped, z, e2, basis, int(size), rng))
     back = [np.concatenate(parts_) * scale + y.mean() for parts_ in (found, smooth)]
-    return Posterior(back[0], back[1], shrunk=True)
+    return Posterior(back[0], back[1], shrunk=True, blur=math.sqrt(float(np.median(own2))) / _spread(chosen))
+
+
+def _spread(fit: _Mixture) -> float:
+    """The standard deviation that the middle half of true scores of one cost has; a few failures do not move it."""
+    rng = np.random.default_rng(0)
+    part = rng.choice(len(fit.weights), 2000, p=fit.weights)
+    low, high = np.quantile(fit.means[part] + np.sqrt(fit.variances[part]) * rng.standard_normal(2000), [0.25, 0.75])
+    return float(high - low) / 1.349
 
 
 def _basis(cost: Floats) -> Floats:

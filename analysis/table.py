@@ -2,7 +2,6 @@
 
 import html
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ from peftscape.analysis.belief import believe
 from peftscape.analysis.front import Objective, finite, front, hypervolume
 from peftscape.analysis.measures import is_cost, measure, measured
 from peftscape.analysis.noise import Interval, retest_interval, validation_interval
-from peftscape.analysis.sources import Study
+from peftscape.analysis.states import STOPPED, counted, kind_of
+from peftscape.analysis.study import Study
 from peftscape.spaces.record import Record
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> 
     members = front(study.records, chosen)
     belief = believe(study.records, chosen) if any(not is_cost(axis.name) for axis in chosen) else None
     title = Text(f"{study.name}: front of {' and '.join(objective.name for objective in chosen)}")
-    failed = sum(record.state == "failed" for record in study.records)
+    kinds = [kind_of(record) for record in study.records]
     caption = f"{len(members)} of {len(study.records)} trials; selected by validation"
-    caption += f"; {failed} failed" if failed else ""
+    caption += "".join(f"; {n} {kind}" for kind in (STOPPED, "failed") if (n := kinds.count(kind)))
     tested = any(record.retests for record in members)
     table = Table(title=title, caption=caption)
     table.add_column("#", justify="right", no_wrap=True)
@@ -53,6 +53,7 @@ def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> 
         table.add_row(str(record.number), Text(name), units.score(record.validation), *known, *costs)
     if belief:
         said = "probability" if belief.kind == "probability" else "sensitivity, of single scores, not a probability"
+        said += ", rough in the middle" if belief.rough else ""
         table.caption = f"{caption}. On front: {said}"
     return table
 
@@ -139,8 +140,7 @@ def front_html(members: Sequence[Record], objectives: Sequence[Objective]) -> st
 
 def study_html(study: Study) -> str:
     """A study's name, its trials by state and its front as HTML, for notebooks."""
-    states = Counter(record.state for record in study.records)
-    said = ", ".join(f"{n} {state}" for state, n in states.items()) or "no trials"
+    said = counted(study.records) or "no trials"
     members = front(study.records, study.objectives) if study.objectives else ()
     title = f"<p><b>{html.escape(study.name)}</b>: {html.escape(said)}; {len(members)} on the front</p>"
     return title + front_html(members, study.objectives)

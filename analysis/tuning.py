@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from peftscape.analysis.states import STOPPED, kind_of
 from peftscape.spaces.record import Direction, Record
 
 Floats = NDArray[np.float64]
@@ -65,14 +66,14 @@ def tuning_curve(
 
     The band is of bootstrap resamples of the records; it is too narrow at the right end, where a resample
     cannot hold a better score than the best seen, so that curves are cut at half of the trials. Failed and
-    stopped trials cost a trial: they count with the worst complete score.
+    stopped trials cost a trial: they count with the worst complete score. What was never trained costs none.
     """
     complete = [record.validation for record in records if record.state == "complete"]
     if len(complete) < 3:
         return None
     direction = next(record.direction for record in records if record.state == "complete")
     worst = min(complete) if direction == "maximize" else max(complete)
-    lost = sum(record.state in ("failed", "pruned") for record in records)
+    lost = sum(kind_of(record) in ("failed", STOPPED) for record in records)
     scores = np.array([*complete, *[worst] * lost])
     rng = np.random.default_rng(seed)
     if len(scores) > most:

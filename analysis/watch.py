@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable
 
-from peftscape.analysis.sources import Study
+from peftscape.analysis.states import counted
+from peftscape.analysis.study import Study
 from peftscape.analysis.table import front_table
 
 
@@ -21,10 +22,7 @@ def watch(read: Callable[[], Study], *, every: float = 2.0, rounds: int | None =
     def view() -> RenderableType:
         try:
             study = read()
-            states = dict.fromkeys(("complete", "pruned", "failed", "running"), 0)
-            for record in study.records:
-                states[record.state] += 1
-            said = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "no trial yet"
+            said = counted(study.records) or "no trial yet"
             return Group(front_table(study), Text(f"{said}; {time.strftime('%H:%M:%S')}; Ctrl-C ends the view"))
         except (ValueError, OSError) as error:
             return Text(f"{error}")

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftscape.search.fingerprint import source
+from peftscape.search.folders import replacing
 from peftscape.search.forward import Forward
+from peftscape.search.head import auto_class
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     """
     if errors := [reason for p in lane.design.placements if (reason := unmergeable(p))]:
         raise InputError("merge", errors)
+    if backbone.quantised:
+        raise InputError("merge", [f"the backbone's weights are held as {backbone.quantised}; export the adapter"])
     if lane.design.full:
         return _all_weights(lane, backbone)
     lane.unfold(training=False)
@@ -51,7 +56,7 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
         before = module(inputs)[0]
         forward.arrange([lane])
         # The hooks adapt what they take for one lane with as many tokens as there are inputs.
-        backbone.attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]))  # type: ignore[assignment]
+        backbone.attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]), source=None)  # type: ignore[assignment]
         try:
             change = module(inputs)[0] - before
         finally:
@@ -110,38 +115,58 @@ def _all_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     return found
 
 
+def _untie(model: Any, state: dict[str, Tensor]) -> None:
+    """T5's class ties its head to the word embedding at the start, and FLAN's checkpoints have one of their own."""
+    output, words = model.get_output_embeddings(), model.get_input_embeddings()
+    name = next(n for n, w in model.named_parameters(remove_duplicate=False) if w is output.weight and "head" in n)
+    if output.weight is words.weight and not torch.equal(state[name], state[_name(model, words)]):
+        output.weight = nn.Parameter(output.weight.detach().clone())
+
+
+def _name(model: nn.Module, words: nn.Module) -> str:
+    return next(f"{path}.weight" for path, module in model.named_modules() if module is words)
+
+
 def export_merged(adapter: Adapter, directory: str | Path) -> Path:
-    """Write a whole transformers model, the adapter folded in: `AutoModelForSequenceClassification` reads it.
+    """Write a whole transformers model, the adapter folded in: `AutoModelForSequenceClassification` reads it, or of a
+    language model `AutoModelForCausalLM` (`AutoModelForSeq2SeqLM`).
 
     Raises:
-        InputError: a placement does not fold in, or the head is none of transformers'.
+        InputError: a placement does not fold in, the head is none of transformers', or the folder is the backbone's.
+        DiskError: there is no room.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
-    if adapter.card.head != "class":
-        raise InputError(
-            "merge", [f'head = "{adapter.card.head}" is no head of transformers; train with head = "class"']
-        )
+    if Path(directory).resolve() == Path(source(adapter.backbone)).resolve():
+        raise InputError(str(directory), ["the backbone's own folder, which is never written; name another"])
+    if adapter.card.head == "mean":
+        head = adapter.card.head
+        raise InputError("merge", [f'head = "{head}": only a sequence classifier (head = "class") is written whole'])
     changed = merged_weights(adapter.lane(), adapter.backbone)
     config = type(adapter.backbone.config).from_dict(adapter.backbone.config.to_dict())
     config._attn_implementation = "eager"
-    config.num_labels = adapter.card.outputs
-    if adapter.labels:
-        config.id2label = dict(enumerate(adapter.labels))
-        config.label2id = {label: i for i, label in enumerate(adapter.labels)}
-    model = AutoModelForSequenceClassification.from_config(config)
-    prefix = adapter.backbone.sites.prefix
+    if adapter.card.head == "class":
+        config.num_labels = adapter.card.outputs
+        if adapter.labels:
+            config.id2label = dict(enumerate(adapter.labels))
+            config.label2id = {label: i for i, label in enumerate(adapter.labels)}
+    model = getattr(transformers, auto_class(adapter.card, adapter.backbone)).from_config(config)
+    start = adapter.backbone.sites.within(lm=adapter.card.head == "lm")
     base = {**adapter.backbone.model.state_dict(), **changed}
-    state = {f"{prefix}.{name}": value for name, value in base.items()}
+    state = {start + name: value for name, value in base.items()}
     state |= {key.removeprefix("head/"): value for key, value in adapter.tensors.items() if key.startswith("head/")}
+    state |= adapter.head.frozen(base)
     known = model.state_dict().keys()
     state = {name: value for name, value in state.items() if name in known}
     if missing := sorted(known - state.keys()):
         raise InputError(
             "merge", [f"{type(model).__name__} has weights that the adapter lacks: {', '.join(missing[:3])}"]
         )
+    if adapter.head.kind == "lm":
+        _untie(model, state)
     model.load_state_dict(state)
-    model.to(adapter.backbone.dtype).save_pretrained(str(directory))
-    if adapter.backbone.tokenizer is not None:
-        adapter.backbone.tokenizer.save_pretrained(str(directory))
+    with replacing(Path(directory), ("config.json",), last="config.json") as folder:
+        model.to(adapter.backbone.dtype).save_pretrained(str(folder))
+        if adapter.backbone.tokenizer is not None:
+            adapter.backbone.tokenizer.save_pretrained(str(folder))
     return Path(directory)

@@ -33,12 +33,13 @@ SPACE: dict[str, Any] = {
 }
 
 
-def make_base(path: Path, *, seed: int = 0) -> Path:
-    """A tiny BERT with words for tokens, and `task.csv` beside it."""
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
+def make_base(path: Path, *, seed: int = 0, width: int = 32, rows: int = 160) -> Path:
+    """A tiny BERT with words for tokens, and `task.csv` beside it, in which a word decides."""
+    shape = {"num_attention_heads": width // 16, "intermediate_size": 3 * width // 2}
+    shape |= {"num_hidden_layers": 2, "max_position_embeddings": 2 * width}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModel.from_config(BertConfig(vocab_size=len(WORDS), hidden_size=32, **shape))
+        model = AutoModel.from_config(BertConfig(vocab_size=len(WORDS), hidden_size=width, **shape))
         for weight in model.parameters():
             if weight.ndim > 1:
                 torch.nn.init.normal_(weight, 0, 0.05)
@@ -52,12 +53,12 @@ def make_base(path: Path, *, seed: int = 0) -> Path:
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(path)
     random = np.random.default_rng(0)
-    rows = ["text,label"]
-    for i in range(160):
+    lines = ["text,label"]
+    for i in range(rows):
         label = list(KEYS)[i % 3]
         text = [*random.choice(FILL, size=random.integers(1, 5)), KEYS[label], KEYS[label]]
-        rows.append(f"{' '.join(random.permutation(text))} {i % 7},{label}")
-    (path / "task.csv").write_text("\n".join(rows) + "\n")
+        lines.append(f"{' '.join(random.permutation(text))} {i % 7},{label}")
+    (path / "task.csv").write_text("\n".join(lines) + "\n")
     return path
 
 

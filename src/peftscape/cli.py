@@ -30,6 +30,7 @@ from peftscape.cli_common import (
 if TYPE_CHECKING:
     from peftscape.search.check import Checked
     from peftscape.search.config import SearchConfig
+    from peftscape.spaces.design import Design
 
 
 class _Group(TyperGroup):
@@ -46,8 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-DESIGN_BYTES = 2**24
 
 Model = Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id.")]
 TaskOption = Annotated[str | None, typer.Option(help="An embedded task, a file, a folder, or a hub id.")]
@@ -107,9 +106,13 @@ def search(
         typer.echo("interrupted; the same command goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if ablate:
+        from peftscape.analysis.sources import SourceError
         from peftscape.search.ablate import ablate as train_path
 
-        study = train_path(out, storage_url=storage, quiet=quiet)
+        try:
+            study = train_path(out, storage_url=storage, quiet=quiet)
+        except SourceError as error:  # the search itself is whole
+            typer.echo(str(error), err=True)
     cli_runs.show_study(study, out)
 
 
@@ -139,7 +142,7 @@ def check(file: File = None, set_: Set = None, as_json: Json = False) -> None:
 
 @app.command()
 def train(
-    design: Annotated[Path, typer.Argument(metavar="DESIGN.json", help="Placements and training, as JSON.")],
+    design: Annotated[str, typer.Argument(metavar="DESIGN", help="A textbook design's name, a JSON file, or JSON.")],
     out: Annotated[Path, typer.Option(help="Gets the adapter, of several seeds that of the first.")],
     model: Model = None,
     task: TaskOption = None,
@@ -152,16 +155,15 @@ def train(
     """Train one design and save its adapter."""
     from peftscape.search.config_file import DEFAULT, read_config
     from peftscape.search.config_values import is_here
-    from peftscape.spaces.design import Design
     from peftscape.spaces.words import InputError
 
-    chosen = Design.from_json(_design(design), where=design.name)
+    chosen = _design(design)
     if epochs is not None:
         chosen = replace(chosen, training=replace(chosen.training, epochs=epochs))
     named = {"model.source": model, "search.epochs": epochs}
     config = read_config({**DEFAULT, "name": "train"}, [*_task(task), *_overrides(named), *(set_ or [])])
     if is_here(config.model) and (errors := chosen.check(config.model.site_map())):
-        raise InputError(design.name, errors)
+        raise InputError(Path(design).name if Path(design).is_file() else "design", errors)
 
     from peftscape.search.train import train_design
 
@@ -210,21 +212,14 @@ def _task(word: str | None) -> list[str]:
     return [f"task={{{key} = {json.dumps(word)}}}"]
 
 
-def _design(path: Path) -> Any:
-    """The JSON in a file; of an adapter's `design.json`, the design in it."""
-    from peftscape.spaces.words import InputError, unique
+def _design(word: str) -> Design:
+    from peftscape.spaces.plan_input import read_design
+    from peftscape.spaces.words import InputError
 
-    if not path.is_file():
-        raise InputError(str(path), ["no such file"])
-    try:
-        if path.stat().st_size > DESIGN_BYTES:
-            raise InputError(path.name, [f"larger than the {DESIGN_BYTES:,} bytes that are read"])
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(path.name, [f"not JSON: {error}"]) from None
-    return value["design"] if isinstance(value, dict) and "design" in value else value
+    found = read_design(word)
+    if isinstance(found, str):
+        raise InputError("design", [f'"{found}" is a space of many designs: peftscape search --space {found}'])
+    return found
 
 
 def _show_trained(result: dict[str, Any]) -> None:
@@ -245,10 +240,12 @@ def _show_trained(result: dict[str, Any]) -> None:
 
 def _show_checked(source: str, config: SearchConfig, found: Checked) -> None:
     from peftscape.analysis.units import SHOWN, amount
+    from peftscape.search.task_config import task_kind
 
     lines = [("model", config.model.source), ("task", config.task.source)]
     if found.rows is not None:
         kind = "numbers" if found.outputs == 1 else f"{found.outputs} classes"
+        kind = "to be predicted" if task_kind(config.task) == "lm" else kind
         typical = f", texts of {found.tokens} tokens" if found.tokens else ""
         lines[-1] = ("task", f"{config.task.source}: {found.rows:,} training rows{typical}, {kind}")
     if found.examples is not None:

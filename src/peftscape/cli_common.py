@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -85,7 +86,8 @@ def _is_input(error: Exception) -> bool:
     from peftscape.spaces.words import InputError
 
     known = (InputError, SiteError, ObjectiveError, SourceError, RecordError, MissingPackageError)
-    return isinstance(error, (*known, PermissionError, FileExistsError, NotADirectoryError))
+    is_path = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
+    return is_path or isinstance(error, (*known, PermissionError, FileExistsError, NotADirectoryError))
 
 
 def print_json(value: Any) -> None:

@@ -78,15 +78,16 @@ def _studied(run: str, objectives: str | None, limits: str | None = None) -> Stu
 
 def _trials(study: Study) -> Any:
     from peftscape.analysis.measures import measure
+    from peftscape.analysis.states import last_score, state_of
     from peftscape.analysis.units import amount, score
 
     cost = study.cost.name
     rows = [
         (
             record.number,
-            record.state,
+            state_of(record),
             record.label + (f" ({record.textbook})" if record.textbook else ""),
-            score(record.validation),
+            score(last_score(record)),
             amount(measure(record, cost)),
             f"{len(record.retests)} retests" if record.retests else record.failure.kind if record.failure else "",
         )
@@ -130,6 +131,7 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Gets the adapter.")],
     trial: Annotated[int, typer.Option(help="Its number, as in the front.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole transformers model, the adapter folded in.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as HF peft reads it, or in peftscape's own format where peft cannot express it."""
@@ -147,6 +149,16 @@ def export(
     from peftscape.search.export import load
 
     adapter = load(folder)
+    if merge:
+        from peftscape.search.head import auto_class
+        from peftscape.search.merge import export_merged
+
+        written = export_merged(adapter, directory)
+        if as_json:
+            print_json({"directory": str(written), "format": "transformers", "reason": "merged"})
+        else:
+            show(f"{written}: a whole model; transformers' {auto_class(adapter.card, adapter.backbone)} reads it")
+        return
     done = write(adapter.tensors, adapter.card, adapter.backbone, adapter.head, directory)
     if as_json:
         print_json({"directory": str(done.directory), "format": done.format, "reason": done.reason})
@@ -159,30 +171,48 @@ def predict(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
     data: Annotated[Path, typer.Argument(metavar="DATA.csv", help="CSV, TSV, JSON lines or Parquet.")],
     text: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
-    pair: Annotated[str | None, typer.Option(help="The column with the second texts.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The column with the second texts, or with completions.")] = None,
+    options: Annotated[str | None, typer.Option(help="The column with the answers to choose from.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Write what follows each text, this many tokens at most.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file; standard output without.")] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if it lies elsewhere now.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an adapter makes of each row of a file."""
-    from peftscape.search.tables import read_file
+    """Say what an adapter makes of each row of a file: a label, a number, a text's loss, or what follows it."""
+    from peftscape.search.language_examples import read_options
+    from peftscape.search.tables import TaskError, read_file
     from peftscape.spaces.words import InputError, nearest
 
     table = read_file(str(data))
-    names = [text] if pair is None else [text, pair]
+    names = [name for name in (text, pair, options) if name is not None]
     if errors := [f'no column "{n}"{nearest(n, table.names)}' for n in names if n not in table.names]:
         raise InputError(data.name, errors)
     columns = [["" if value is None else str(value) for value in table.column(name)] for name in names]
+    answers = None
+    if options is not None:
+        unread: list[str] = []
+        answers = read_options(table, options, unread)
+        if unread:
+            raise TaskError(data.name, [line.removeprefix("task.options: ") for line in unread])
 
     from peftscape.search.config import ModelConfig
     from peftscape.search.export import load
 
     where = None if model is None else ModelConfig(source=model).path()
-    found = load(adapter, model=where).predict(columns[0], columns[1] if pair else None)
+    loaded = load(adapter, model=where)
+    found: list[dict[str, Any]]
+    if generate is not None:
+        found = [{"continuation": said} for said in loaded.generate(columns[0], most=generate)]
+    else:
+        found = loaded.predict(columns[0], columns[1] if pair else None, options=answers)
     if as_json:
         print_json(found)
         return
-    heads = [key for key in ("label", "score") if found and key in found[0]]
+    heads = [
+        key for key in ("label", "score", "loss", "perplexity", "tokens", "continuation") if found and key in found[0]
+    ]
     rows = ([*texts, *(answer[key] for key in heads)] for *texts, answer in zip(*columns, found, strict=True))
     if out is None:
         _write(sys.stdout, [*names, *heads], rows)

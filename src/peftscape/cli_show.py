@@ -38,11 +38,13 @@ def methods(as_json: Json = False) -> None:
                 rows.append(("knobs", ", ".join(f"{name} = {value}" for name, value in row["knobs"].items())))
             merges = "merges into the weights" if row["merges"] else "stays beside the weights"
             rows.append(("runs", f"{row['execution']}; {merges}"))
+            rows.append(("HF peft", "loads its exports" if row["hf_peft"] else "has no such method"))
             show(f"  {row['name']}", plain_table("", "", "", rows=[("   ", *cells) for cells in rows]))
         show("")
 
 
 def _method(kind: type[Method]) -> dict[str, Any]:
+    from peftscape.spaces.methods.base import Method
     from peftscape.spaces.sites import KINDS
 
     paper = re.search(r"\(([^()]*\d{4}[^()]*)\)\.?$", (inspect.getdoc(inspect.getmodule(kind)) or "").split("\n")[0])
@@ -57,6 +59,7 @@ def _method(kind: type[Method]) -> dict[str, Any]:
         "searched": sorted(kind.domains()),
         "execution": kind.execution,
         "merges": kind.merges,
+        "hf_peft": kind.in_peft is not Method.in_peft,
         "exact_start": kind.exact_start,
     }
 
@@ -72,7 +75,7 @@ def sites(
     kinds: list[dict[str, Any]] = []
     for kind in found.kinds:
         of_kind = [s for s in found.sites if s.kind == kind]
-        inner = [s for s in of_kind if s.layer >= 0]
+        inner = [s for s in of_kind if 0 <= s.layer < found.layers]
         first = (inner or of_kind)[0]
         kinds.append(
             {
@@ -118,8 +121,11 @@ def sites(
         show("", "refused", plain_table("", "", rows=[(f"  {k}", why) for k, why in found.refused.items()]))
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show the processor, threads, GPU and versions, and whether the embedded default is installed."""
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Rates, kept for later plans.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show the processor, threads, GPU, versions and embedded data; measure how fast the machine is, for plans."""
     import os
 
     import torch
@@ -137,6 +143,7 @@ def doctor(as_json: Json = False) -> None:
         "gpus": gpus,
         "versions": {"python": platform.python_version(), **versions()},
         "embedded": _embedded(),
+        "rates": _rates() if measure else None,
     }
     if as_json:
         print_json(value)
@@ -149,26 +156,39 @@ def doctor(as_json: Json = False) -> None:
         ("gpu", ", ".join(gpus) or "none"),
         ("versions", ", ".join(f"{name} {number}" for name, number in value["versions"].items())),
     ]
+    if found := value["rates"]:
+        speeds = ", ".join(f"{name} {flops / 1e9:,.3g} GFLOP/s" for name, flops in found["flops"].items())
+        rows.append((found["device"], f"{speeds}; {found['bandwidth'] / 1e9:,.3g} GB/s; {found['kept']}"))
     rows += [(row["name"], row["install"] or "installed") for row in value["embedded"]]
     show(plain_table("", "", rows=rows))
 
 
+def _rates() -> dict[str, Any]:
+    """What this machine does, measured now and kept for `peftscape plan`."""
+    from dataclasses import asdict
+
+    from peftscape.search.speed import measure_rates
+    from peftscape.spaces.rates import write_rates
+
+    found = measure_rates()
+    try:
+        kept = f"kept in {write_rates(found)}"
+    except OSError as error:
+        kept = f"not kept: {error}"
+    return asdict(found) | {"kept": kept}
+
+
 def _embedded() -> list[dict[str, Any]]:
     """Each embedded model and task, and how to install what it lacks."""
-    from peftscape.search.embedded import (
-        EMBEDDED_MODELS,
-        EMBEDDED_TASKS,
-        MissingPackageError,
-        embedded_model_path,
-    )
+    from peftscape.search.embedded import EMBEDDED_MODELS, EMBEDDED_TASKS, MissingPackageError
 
     rows = []
     for kind, names in (("model", EMBEDDED_MODELS), ("task", EMBEDDED_TASKS)):
         for name in names:
             package = EMBEDDED_MODELS[name][0] if kind == "model" else EMBEDDED_TASKS[name].package
             install = None
-            try:
-                _ = embedded_model_path(name) if kind == "model" else EMBEDDED_TASKS[name].paths()
+            try:  # the package's file alone: converting one would take half a minute
+                _ = package.file(EMBEDDED_MODELS[name][1], name) if kind == "model" else EMBEDDED_TASKS[name].paths()
             except MissingPackageError:
                 install = package.install
             rows.append({"name": f"{kind} {name}", "package": package.name, "install": install})

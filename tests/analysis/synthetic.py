@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 
 from peftscape.analysis.sources import RETEST, Study, from_optuna
-from peftscape.spaces.record import Costs, Failure, Record, Score
+from peftscape.spaces.record import Costs, Failure, Record, Rung, Score
 
 METHODS = ("lora", "prefix_tuning", "sequential_adapter", "ia3", "bitfit", "prompt_tuning")
 CONFIG = {
@@ -48,7 +48,7 @@ def record(number: int, validation: float | None = 0.9, adapter: int = 1000, **c
 
 
 def records(n: int, seed: int = 0) -> list[Record]:
-    """`n` records of several methods: complete, one in eight stopped early, one in twenty failed."""
+    """`n` records of several methods: complete, one in eight stopped at a rung, one in twenty failed."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(n):
@@ -62,16 +62,19 @@ def records(n: int, seed: int = 0) -> list[Record]:
         placements += [{"method": "ia3", "sites": ["k", "v", "down"], "layers": [0, 2, 4]}] * two
         label = "head only" if number == 0 else f"{method} {adapter // 3072 or 1} q,v" + " + ia3" * two
         seen = 16_000 if state == "complete" else 4_000
+        rung = Rung(examples=4_000, validation=validation - 0.03)
         made.append(
             record(
                 number,
-                None if state == "failed" else validation - 0.03 * (state == "pruned"),
+                validation if state == "complete" else None,
                 adapter,
                 state=str(state),
                 design={"placements": placements, "training": {"lr": 0.001}},
                 label=label,
                 textbook={0: "head only", 1: "Hu et al. 2021"}.get(number),
                 curve=tuple((seen * i // 4, 1.7 / i) for i in range(1, 5)),
+                rungs=() if state == "failed" else (rung,),
+                failure=Failure(kind="diverged", message="the loss was nan", step=7) if state == "failed" else None,
                 wall_s=float(rng.uniform(5, 25)),
             )
         )

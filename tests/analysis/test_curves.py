@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from peftscape.analysis.bands import EXPONENTS, law_band, rising, rising_band
 from peftscape.analysis.fit import FitError, fit_curve
 from peftscape.analysis.heat import heat_map
 from peftscape.analysis.importance import importances, interactions, marginal
+from peftscape.analysis.predictor import predictor
 from peftscape.analysis.tuning import expected_best, tuning_curve
+from peftscape.spaces.record import Record
 
 
 def test_the_law_is_found_again() -> None:
@@ -240,3 +244,26 @@ def differences(a: object, b: object) -> int:
     for own, other in [(one[m], two[m]) for m in one.keys() & two.keys()] + [(a["training"], b["training"])]:
         count += sum(own.get(key) != other.get(key) for key in own.keys() | other.keys())
     return count
+
+
+def test_a_few_designs_predict_by_ridge_regression_and_its_error_is_that_of_left_out_ones() -> None:
+    rng = np.random.default_rng(0)
+    ranks, rates = rng.uniform(1, 9, 12), rng.uniform(1, 3, 12)
+    scores = 0.5 + 0.02 * ranks - 0.05 * rates + rng.normal(0, 0.005, 12)
+
+    def design(rank: float, rate: float) -> dict[str, Any]:
+        return {"placements": [{"method": "lora", "rank": rank}], "training": {"lr": rate}}
+
+    def made(rows: Iterable[int]) -> list[Record]:
+        return [synthetic.record(i, float(scores[i]), design=design(float(ranks[i]), float(rates[i]))) for i in rows]
+
+    predict, error = predictor(made(range(12)))
+    grid = [design(r, t) for r in (2.0, 8.0) for t in (1.5, 2.5)]
+    wanted = [0.5 + 0.02 * r - 0.05 * t for r in (2.0, 8.0) for t in (1.5, 2.5)]
+    assert predict(grid) == pytest.approx(wanted, abs=0.015)
+    gaps = [
+        scores[i] - predictor(made([j for j in range(12) if j != i]))[0]([design(ranks[i], rates[i])])[0]
+        for i in range(12)
+    ]
+    # The closed form holds mean and scale fixed, which a fit without the design moves a little.
+    assert error == pytest.approx(float(np.sqrt(np.mean(np.square(gaps)))), rel=0.1)

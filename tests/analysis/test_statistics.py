@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import synthetic
 from scipy import stats
+from simulated import search
 
 from peftscape.analysis.attainment import attainment, hypervolume_by_trial
-from peftscape.analysis.belief import believe
+from peftscape.analysis.belief import ROUGH, believe
 from peftscape.analysis.compare import (
     as_good_as_best,
     better_than,
@@ -207,3 +208,16 @@ def test_runs_are_compared_as_scipy_does() -> None:
     assert found.p == pytest.approx(4 / 70)
     assert found.needed is not None
     assert found.needed >= 2
+
+
+def test_probabilities_are_rough_where_scores_err_as_much_as_designs_of_like_cost_lie_apart() -> None:
+    rng = np.random.default_rng(6)
+    blurs: dict[float, list[float]] = {0.005: [], 0.015: []}
+    for noise, found in blurs.items():
+        for _ in range(3):
+            cost, _truth, seen = search(rng, "edge", 60, noise)
+            found.append(posterior(seen, np.full(60, noise), cost, draws=20, refits=1).blur)
+    assert max(blurs[0.005]) < ROUGH < min(blurs[0.015])
+    few = believe(synthetic.records(5), AXES)
+    assert few is not None
+    assert few.rough, "nothing is learnt from five"

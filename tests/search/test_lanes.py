@@ -76,8 +76,7 @@ def test_a_mixed_cohort_of_all_methods_trains_as_each_alone(family: str) -> None
         assert_trained_alike(own, trained_alone(own.design, SEED, family), family)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "family"), [("float32", "llama"), ("bfloat16", "bert")])
 def test_a_mixed_cohort_keeps_to_the_stated_tolerance_in(dtype: str, family: str) -> None:
     compared = of_every_method(family)
     for own in train([(d, SEED) for d in compared], family, dtype)[list(CONFIGS).index(family) :: 5]:
@@ -165,9 +164,8 @@ def assert_equal_bits(found: list[Lane], wanted: list[Lane]) -> None:
             assert torch.equal(value, other.params[key]), f"{own.design.label}: {key}"
 
 
-@families
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_poisoned_neighbour_fails_alone_and_changes_no_bit(poison: float, family: str) -> None:
+@pytest.mark.parametrize(("family", "poison"), [("bert", math.nan), ("gpt2", math.inf), ("llama", math.nan)])
+def test_a_poisoned_neighbour_fails_alone_and_changes_no_bit(family: str, poison: float) -> None:
     well, ill = (lane(combinations(family)[0], 0, family, "float32") for _ in range(2))
     wanted = beside_a_neighbour(well, family, "float32")
     found = beside_a_neighbour(ill, family, "float32", poison)
@@ -281,77 +279,6 @@ def test_a_start_depends_on_the_seed_and_on_nothing_else() -> None:
         assert torch.equal(value, other.params[key]) == (not value.any()), key
         if key.startswith("0/"):
             assert torch.equal(value, beside.params[key])
-
-
-@pytest.mark.parametrize("score", ["random", "magnitude", "snip"])
-def test_a_mask_keeps_its_share_and_zeroes_the_rest_for_good(score: str) -> None:
-    of = design({**LORA, "rank": 4, "mask": {"sparsity": 0.75, "score": score}}, weight_decay=0.5, lr=1e-2)
-    bare = lane(design({**LORA, "rank": 4}), 1, "bert")
-    own, shared = lane(of, 1, "bert"), cohort("bert")
-    prepare(own, shared)
-    start = {key: value.detach().clone() for key, value in own.params.items()}
-    shared.admit(own)
-    run_steps(shared, 6)
-    shared.close()
-    assert set(own.masks) == {key for key in own.params if key.startswith("0/")}
-    for key, mask in own.masks.items():
-        assert int(mask.sum()) == mask.numel() // 4
-        assert torch.equal(start[key], bare.params[key].detach() * mask)
-        assert not own.params[key][mask == 0].any()
-        assert own.params[key][mask == 1].all()
-    if score == "magnitude":  # the oracle of the largest values
-        key = next(k for k in own.masks if k.endswith("/A"))
-        value = bare.params[key].detach().abs().flatten()
-        assert value[own.masks[key].flatten() == 1].min() >= value[own.masks[key].flatten() == 0].max()
-
-
-def test_snip_keeps_what_the_loss_depends_on_most() -> None:
-    """An oracle by differences: |d loss / d mask| at one, the up-projection drawn as the scoring pass draws it."""
-    from peftscape.search.lane import generator
-
-    of = design({**LORA, "rank": 2, "sites": ["q"], "layers": [1], "mask": {"sparsity": 0.5, "score": "snip"}})
-    own, shared = lane(of, 5, "bert"), cohort("bert")
-    prepare(own, shared)
-    probe = lane(design({**LORA, "rank": 2, "sites": ["q"], "layers": [1]}), 5, "bert")
-    with torch.no_grad():
-        for key in own.masks:
-            noise = torch.empty(probe.params[key].shape).uniform_(-1, 1, generator=generator(5, f"snip/{key}"))
-            probe.params[key].copy_(noise / np.sqrt(noise.shape[-1]))
-        shared.admit(probe)
-        rows, eps = own.examples(BATCH, len(split())), 1e-5
-        for key, mask in own.masks.items():
-            value, score = probe.params[key], torch.zeros(mask.numel(), dtype=torch.float64)
-            for i, entry in enumerate(value.detach().clone().flatten()):
-                losses = []
-                for factor in (1 + eps, 1 - eps):
-                    value.view(-1)[i] = entry * factor
-                    losses.append(shared.losses([rows]).item())
-                value.view(-1)[i] = entry
-                score[i] = abs(losses[0] - losses[1])
-            kept = torch.topk(score, mask.numel() // 2).indices
-            assert set(kept.tolist()) == set(torch.nonzero(mask.flatten()).flatten().tolist())
-    shared.close()
-
-
-def test_snip_masks_do_not_depend_on_neighbours_and_leave_them_as_they_were() -> None:
-    of = design({**LORA, "mask": {"sparsity": 0.5, "score": "snip"}})
-    alone, beside = lane(of, 1, "bert"), lane(of, 1, "bert")
-    empty, busy = cohort("bert"), cohort("bert")
-    prepare(alone, empty)
-    neighbours = [lane(design(ADAPTER), 2, "bert"), lane(design({"method": "bitfit"}), 3, "bert")]
-    busy.admit(*neighbours)
-    run_steps(busy, 2)
-    before = [{key: value.detach().clone() for key, value in n.params.items()} for n in neighbours]
-    prepare(beside, busy)
-    busy.close()
-    for key, mask in alone.masks.items():
-        assert torch.equal(mask, beside.masks[key])
-        assert torch.equal(alone.params[key], beside.params[key])
-    for neighbour, was in zip(neighbours, before, strict=True):
-        assert neighbour.step == 2
-        for key, value in neighbour.params.items():
-            assert torch.equal(value, was[key])
-            assert value.grad is None
 
 
 # -- a cohort

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftscape.search.lane import Lane, generator
 from peftscape.search.masks import ROUNDS, draw_masks
+from peftscape.search.prepare import prepare
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "sites": ["q"], "layers": [1]}
 
@@ -37,6 +38,26 @@ def scored(own: Lane, row: dict[str, Any], family: str = "bert") -> Lane:
 def assert_keeps(mask: Tensor, score: Tensor, count: int) -> None:
     kept = torch.topk(score.flatten(), count).indices
     assert set(kept.tolist()) == set(torch.nonzero(mask.flatten()).flatten().tolist())
+
+
+def test_snip_keeps_what_the_loss_depends_on_most() -> None:
+    """By differences: |d loss / d mask| at one, the up-projection drawn as the scoring pass draws it."""
+    own = masked("snip", LORA)
+    probe, shared = scored(own, LORA), cohort("bert")
+    shared.admit(probe)
+    rows, eps = own.examples(BATCH, len(split())), 1e-5
+    with torch.no_grad():
+        for key, mask in own.masks.items():
+            flat, score = probe.params[key].data.view(-1), torch.zeros(mask.numel(), dtype=torch.float64)
+            for i, entry in enumerate(flat.clone()):
+                losses = []
+                for factor in (1 + eps, 1 - eps):
+                    flat[i] = entry * factor
+                    losses.append(shared.losses([rows]).item())
+                flat[i] = entry
+                score[i] = abs(losses[0] - losses[1])
+            assert_keeps(mask, score, mask.numel() // 2)
+    shared.close()
 
 
 def test_grasp_removes_what_the_gradient_norm_misses_least() -> None:
@@ -132,3 +153,51 @@ def test_several_scores_in_one_design_do_not_mix() -> None:
     found = [both.masks[key] for key in keys]
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("score", ["random", "magnitude", "snip"])
+def test_a_mask_keeps_its_share_and_zeroes_the_rest_for_good(score: str) -> None:
+    of = design({"method": "lora", "rank": 4, "mask": {"sparsity": 0.75, "score": score}}, weight_decay=0.5, lr=1e-2)
+    bare = lane(design({"method": "lora", "rank": 4}), 1, "bert")
+    own, shared = lane(of, 1, "bert"), cohort("bert")
+    prepare(own, shared)
+    start = {key: value.detach().clone() for key, value in own.params.items()}
+    shared.admit(own)
+    for _ in range(6):
+        shared.step()
+    shared.close()
+    assert set(own.masks) == {key for key in own.params if key.startswith("0/")}
+    for key, mask in own.masks.items():
+        assert int(mask.sum()) == mask.numel() // 4
+        assert torch.equal(start[key], bare.params[key].detach() * mask)
+        assert not own.params[key][mask == 0].any()
+        assert own.params[key][mask == 1].all()
+    if score == "magnitude":  # the oracle of the largest values
+        key = next(k for k in own.masks if k.endswith("/A"))
+        value = bare.params[key].detach().abs().flatten()
+        assert value[own.masks[key].flatten() == 1].min() >= value[own.masks[key].flatten() == 0].max()
+
+
+def test_snip_masks_do_not_depend_on_neighbours_and_leave_them_as_they_were() -> None:
+    of = design({"method": "lora", "rank": 3, "mask": {"sparsity": 0.5, "score": "snip"}})
+    alone, beside = lane(of, 1, "bert"), lane(of, 1, "bert")
+    empty, busy = cohort("bert"), cohort("bert")
+    prepare(alone, empty)
+    neighbours = [
+        lane(design({"method": "sequential_adapter", "size": 4}), 2, "bert"),
+        lane(design({"method": "bitfit"}), 3, "bert"),
+    ]
+    busy.admit(*neighbours)
+    for _ in range(2):
+        busy.step()
+    before = [{key: value.detach().clone() for key, value in n.params.items()} for n in neighbours]
+    prepare(beside, busy)
+    busy.close()
+    for key, mask in alone.masks.items():
+        assert torch.equal(mask, beside.masks[key])
+        assert torch.equal(alone.params[key], beside.params[key])
+    for neighbour, was in zip(neighbours, before, strict=True):
+        assert neighbour.step == 2
+        for key, value in neighbour.params.items():
+            assert torch.equal(value, was[key])
+            assert value.grad is None

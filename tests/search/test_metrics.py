@@ -14,6 +14,7 @@ LOGITS = RANDOM.normal(size=(60, 3))
 CLASSES = RANDOM.choice(3, size=60, p=[0.6, 0.3, 0.1])
 OUTPUTS = RANDOM.normal(size=40)
 NUMBERS = 0.5 * OUTPUTS + RANDOM.normal(size=40)
+TEXTS = np.stack([RANDOM.gamma(20, size=30), RANDOM.integers(1, 9, size=30)], axis=1)  # nats, and tokens
 
 
 def confusion(logits: np.ndarray, targets: np.ndarray) -> list[list[int]]:
@@ -37,6 +38,11 @@ def correlation(x: list[float], y: list[float]) -> float:
 
 def ranks(values: list[float]) -> list[float]:
     return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
+def data_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    of_kind = {"classification": (LOGITS, CLASSES), "regression": (OUTPUTS, NUMBERS), "lm": (TEXTS, np.zeros(30))}
+    return of_kind[METRICS[name].kind]
 
 
 def expected(name: str) -> float:
@@ -65,15 +71,20 @@ def expected(name: str) -> float:
         return sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(x)
     if name == "mae":
         return sum(abs(a - b) for a, b in zip(x, y, strict=True)) / len(x)
+    if name in ("loss", "perplexity"):
+        loss = sum(nats for nats, _ in TEXTS.tolist()) / sum(tokens for _, tokens in TEXTS.tolist())
+        return loss if name == "loss" else math.exp(loss)
     assert name == "r2"
     mean = sum(y) / len(y)
     return 1 - sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / sum((b - mean) ** 2 for b in y)
 
 
-@pytest.mark.parametrize("name", sorted(set(METRICS) - {"f1"}))
+NUMERIC = sorted(name for name, m in METRICS.items() if m.kind != "generation")
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMERIC) - {"f1"}))
 def test_a_score_is_its_formula(name):
-    data = (LOGITS, CLASSES) if METRICS[name].kind == "classification" else (OUTPUTS, NUMBERS)
-    assert metric(name).score(*data) == pytest.approx(expected(name), rel=1e-12)
+    assert metric(name).score(*data_of(name)) == pytest.approx(expected(name), rel=1e-12)
 
 
 def test_f1_is_that_of_the_second_class():
@@ -82,14 +93,14 @@ def test_f1_is_that_of_the_second_class():
     assert metric("f1").score(logits, targets) == pytest.approx(f1_of(table, 1), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", NUMERIC)
 def test_the_mean_of_the_examples_is_the_score(name):
     m = METRICS[name]
-    logits, targets = (LOGITS, CLASSES) if m.kind == "classification" else (OUTPUTS, NUMBERS)
+    logits, targets = data_of(name)
     if m.binary:
         logits, targets = logits[:, :2], np.minimum(targets, 1)
     values = m.per_example(logits, targets)
-    if name in ("macro_f1", "f1", "matthews", "pearson", "spearman", "r2"):
+    if name in ("macro_f1", "f1", "matthews", "pearson", "spearman", "r2", "perplexity"):
         assert values is None
     else:
         assert values is not None
@@ -98,10 +109,13 @@ def test_the_mean_of_the_examples_is_the_score(name):
 
 
 def test_what_is_better_scores_higher_where_the_direction_says_so():
-    for m in METRICS.values():
+    for m in map(METRICS.get, NUMERIC):
         if m.kind == "classification":
             targets = np.array([0, 1, 1, 0, 1])
             good, bad = np.eye(2)[targets] * 4, np.eye(2)[1 - targets] * 4
+        elif m.kind == "lm":
+            targets = np.zeros(3)
+            good, bad = (np.array([[nats, 2.0]] * 3) for nats in (4.0, 5.0))
         else:
             targets = np.array([0.0, 1.0, 2.0, 4.0])
             good, bad = targets + np.array([0.1, -0.1, 0.1, -0.1]), -targets
@@ -114,11 +128,13 @@ def test_a_correlation_with_a_constant_is_zero(name, outputs, targets):
     assert metric(name).score(np.array(outputs), np.array(targets)) == 0.0
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", NUMERIC)
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_outputs_that_are_not_finite_have_no_score(name, broken):
     if METRICS[name].kind == "classification":
         logits, targets = np.array([[0.0, 1.0], [broken, 0.0], [0.0, 1.0]]), np.array([0, 0, 1])
+    elif METRICS[name].kind == "lm":
+        logits, targets = np.array([[5.0, 1.0], [broken, 2.0], [1.0, 1.0]]), np.zeros(3)
     else:
         logits, targets = np.array([0.0, broken, 3.0]), np.array([0.0, 1.0, 2.0])
     assert math.isnan(metric(name).score(logits, targets))
@@ -151,6 +167,7 @@ def test_an_unknown_metric_names_the_nearest():
         ("accuracy", np.zeros((2, 2)), np.array([0.0, 1.0]), "class ids"),
         ("f1", np.zeros((2, 3)), np.array([0, 1]), "needs 2 classes, not 3"),
         ("mse", np.zeros((2, 2)), np.zeros(2), "shape"),
+        ("loss", np.zeros((2, 3)), np.zeros(2), r"expected \(examples, 2\)"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(name, logits, targets, message):

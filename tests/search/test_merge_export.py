@@ -1,0 +1,64 @@
+"""`peftscape export --merge`: a whole transformers model that gives the logits of the adapter on its backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import LABELS, TEXTS, base, close, trained
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from peftscape.cli import app
+from peftscape.search.adapter_folder import save
+
+# What folds into linears, biases and norms; at most one of them on a module of each family.
+BESIDE: list[dict[str, Any]] = [
+    {"method": "lora", "rank": 4, "sites": ["q", "v"]},
+    {"method": "ia3", "sites": ["down"], "layers": [1]},
+    {"method": "ln_tuning"},
+]
+
+
+def export(run: Path, out: Path, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["export", str(run), str(out), "--trial", "7", "--merge", "--json"])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """As a user of transformers reads the folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+def test_a_merged_model_gives_the_adapters_logits_in_transformers(family: str, tmp_path: Path) -> None:
+    run = trained(base(tmp_path, family), *BESIDE)
+    save(run.lane.adapter(), run.card, run.backbone, run.head, tmp_path / "run" / "adapters" / "7")
+    told = json.loads(export(tmp_path / "run", tmp_path / "whole"))
+    assert told["format"] == "transformers"
+    close(logits(tmp_path / "whole"), run.logits())
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["id2label"] == {str(i): label for i, label in enumerate(LABELS)}
+
+
+def test_what_does_not_fold_in_and_the_backbones_own_folder_are_refused(tmp_path: Path) -> None:
+    path = base(tmp_path, "bert")
+    run = trained(path, {"method": "sequential_adapter", "size": 4}, {"method": "lora", "gate": True})
+    folder = tmp_path / "run" / "adapters" / "7"
+    save(run.lane.adapter(), run.card, run.backbone, run.head, folder)
+    said = export(tmp_path / "run", tmp_path / "whole", code=2)
+    assert "sequential_adapter computes what no weight of the backbone can" in said
+    assert "the gate on lora depends on the text" in said
+    assert not (tmp_path / "whole").exists()
+    run = trained(path, {"method": "lora"})
+    save(run.lane.adapter(), run.card, run.backbone, run.head, folder)
+    before = (path / "model.safetensors").read_bytes()
+    assert "the backbone's own folder" in export(tmp_path / "run", path, code=2)
+    assert (path / "model.safetensors").read_bytes() == before
