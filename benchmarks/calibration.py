@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from peftscape.analysis.belief import believe
 from peftscape.analysis.compare import as_good_as_best, holm, paired, paired_by_example
@@ -98,6 +99,23 @@ def shrunken(rng: np.random.Generator, cases: int, kind: str, n: int, noise: flo
     return {"covers": float(np.mean(held)), **_chances(said, plain, seen)}
 
 
+def known_prior(rng: np.random.Generator, cases: int, n: int, noise: float) -> dict[str, Any]:
+    """Front probabilities of "edge" searches by their true prior and trend: what is lost by having to learn them."""
+    said, seen = [], []
+    grid = np.linspace(-0.25, -1e-4, 500)
+    prior = stats.gamma.pdf(-grid, 1.2, scale=0.02)
+    for _ in range(cases):
+        cost, truth, scores = search(rng, "edge", n, noise)
+        edge = 0.955 - 0.8 * (cost + 500) ** -0.28
+        weights = prior * np.exp(-0.5 * ((scores - edge)[:, None] - grid) ** 2 / noise**2)
+        shares = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
+        draws = np.column_stack([grid[np.searchsorted(row, rng.random(400)).clip(max=499)] for row in shares]) + edge
+        said.append(front_probability(draws, cost, WAYS))
+        seen.append(on_front(cost, truth))
+    s, m = np.concatenate(said), np.concatenate(seen)
+    return {"said, so, how many": reliability(s, m), "Brier": float(np.mean((s - m) ** 2))}
+
+
 def _chances(said: list[Floats], plain: list[Floats], seen: list[Floats]) -> dict[str, Any]:
     s, p, m = np.concatenate(said), np.concatenate(plain), np.concatenate(seen)
     return {
@@ -160,6 +178,8 @@ def main(cases: int) -> None:
         tell(f"whole searches, 40 designs, {seeds} seeds", whole_searches(rng, max(cases // 10, 10), seeds))
     for kind, n, noise in itertools.product(("edge", "cloud", "failures"), (20, 60), (0.005, 0.015)):
         tell(f"{kind}, {n} designs, noise {noise}", shrunken(rng, max(cases // 10, 10), kind, n, noise))
+    for noise in (0.005, 0.015):
+        tell(f"edge, 60 designs, noise {noise}, prior known", known_prior(rng, max(cases // 10, 10), 60, noise))
     results["processor seconds"] = round(time.process_time() - started)
     (HERE / "results" / "calibration.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

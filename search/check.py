@@ -126,7 +126,7 @@ def _priced(config: SearchConfig, known: Checked, task: Task | None) -> Checked:
         outputs=outputs,
         tokens=tokens,
         batch=config.search.batch_size,
-        head=config.model.head,
+        head=config.head,
         dtype=dtype,
     )
     notes = [*known.notes, *([] if task else [f"costs are those of a head for 2 classes on {tokens} tokens"])]

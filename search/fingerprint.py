@@ -27,7 +27,7 @@ def describe(backbone: Backbone, head: HeadKind) -> dict[str, Any]:
     config = json.loads(json.dumps(backbone.config.to_dict(), default=str))
     return {
         "source": source(backbone),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.precision,
         "config": {k: v for k, v in config.items() if k not in _NOT_THE_BACKBONE and not k.startswith("_")},
         "weights": fingerprint(backbone, head),
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from peftscape.search.groups import Group, stages
 from peftscape.search.lane import declared_tensors, generator, new_lane
 from peftscape.spaces.compositions import top
-from peftscape.spaces.methods.base import Lanes
+from peftscape.spaces.ops.choose import without_kernels
 from peftscape.spaces.text import Text
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def draw_masks(lane: Lane, cohort: Cohort) -> None:
         cohort.retire(*others)
         cohort.admit(probe)
         try:
-            loss = cohort.losses([probe.examples(cohort.batch_size, len(cohort.train.ids))]).sum()
+            with without_kernels():  # GraSP's Hessian takes second derivatives
+                loss = cohort.losses([probe.examples(cohort.batch_size, len(cohort.train.ids))]).sum()
             masks |= _snip(probe, loss, wanted["snip"]) | _grasp(probe, loss, wanted["grasp"])
         finally:
             cohort.retire(probe)
@@ -122,14 +123,17 @@ def _flow(lane: Lane, backbone: Backbone) -> Tensor:
 
 def _through(group: Group, backbone: Backbone) -> Tensor:
     # A frozen norm would undo the flow; a text of one token is enough for it.
-    values = {k: v for k, v in vars(group.values(backbone.dtype)).items() if k not in ("norm", "normalise")}
     none = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    p = Lanes(values | {"text": Text(row=none, place=none, length=none + 1, texts=1)})
+    text = Text(row=none, place=none, length=none + 1, texts=1)
+    p = group.values(backbone.dtype).given({"text": text}, without=("norm", "normalise"))
     site, method = group.site, group.method
     if site.kind == "kv":
-        return torch.cat([part.abs().flatten() for part in method.prefix(p)]).sum().float()
+        return torch.cat([own.abs().flatten() for part in method.prefix(p) for own in part]).sum().float()
     if site.kind == "input":
         return method.virtual_tokens(p).abs().sum().float()
+    if site.kind == "ladder":
+        ones = torch.ones(1, 1, site.d_in, dtype=backbone.dtype, device=backbone.device)
+        return method.ladder(p, [ones] * len(method.rungs(site)), causal=False).sum().float()
     x, y = (torch.ones(1, 1, width, dtype=backbone.dtype, device=backbone.device) for width in (site.d_in, site.d_out))
     side = method.side(site)
     given = [method.apply(p, x, y)] if side != "input" else []

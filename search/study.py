@@ -26,6 +26,7 @@ from peftscape.spaces.words import InputError
 if TYPE_CHECKING:
     from peftscape.analysis.sources import Study
     from peftscape.search.config import SearchConfig
+    from peftscape.search.guarded import Memory
     from peftscape.search.session import Session
 
 
@@ -112,23 +113,41 @@ class _Run:
         self.workers.join()
         try:
             with self.account.spending("loading_s"):
-                session = self._session()
-            from peftscape.search.loop import Loop
+                session = self._loaded()
+            if session is not None:
+                from peftscape.search.loop import Loop
 
-            Loop(session, storage, self.workers, self.budget, self.progress, self._interim).run()
+                Loop(session, storage, self.workers, self.budget, self.progress, self._interim).run()
             if to_the_end and self._is_last():
-                self._retest(session)
+                if session is not None:
+                    from peftscape.search.alone import measure_front
+
+                    self._retest(session)
+                    with self.account.spending("evaluation_s"):
+                        measure_front(session, storage, self.budget)
                 self._report()
                 storage.set_attr("finished", True)
         finally:
             self._end()
+
+    def _loaded(self) -> Session | None:
+        """The session, or None if the time was over before model and data were there."""
+        limit = self.budget.patience_s()
+        try:
+            with self.stop.limit(limit):
+                return self._session()
+        except HangError:
+            if not self.budget.over():
+                why = f"not loaded within {limit:.0f} s, which is search.step_limit"
+                raise InputError("model and data", [why]) from None
+            self.progress.say("the time was over before model and data were loaded")
+            return None
 
     def _session(self) -> Session:
         """What the configuration names, loaded; refused if it is not what the study was begun with."""
         from peftscape.search.checkpoint import Checkpoints
         from peftscape.search.environment import environment
         from peftscape.search.fork import learn
-        from peftscape.search.guarded import Memory
         from peftscape.search.identity import changes, identity
         from peftscape.search.session import open_session
         from peftscape.spaces.space_file import read_space
@@ -152,11 +171,12 @@ class _Run:
             self.progress.say(f"{sum(cut.values())} texts are longer than the model takes, and are cut")
         budget.trainable = parameter_limit(self.config.budget.trainable, session.backbone.sites.parameters)
         # A forward pass is a third of a step.
-        budget.evaluation_steps = len(session.task.validation) / self.config.search.batch_size / 3
-        budget.retest_evaluations = 1 + len(session.task.test) / len(session.task.validation)
+        validation, test = session.data.validation.ids, session.data.test.ids
+        budget.evaluation_steps = len(validation) / self.config.search.batch_size / 3
+        budget.retest_evaluations = 1 + len(test) / len(validation)
         session.guards = {
             "stop": self.stop, "patience_s": budget.patience_s, "over": budget.over, "account": self.account,
-            "memory": Memory(), "checkpoints": Checkpoints(self.out / CHECKPOINTS, self.progress.say),
+            "memory": _memory(session), "checkpoints": Checkpoints(self.out / CHECKPOINTS, self.progress.say),
         }  # fmt: skip
         return session
 
@@ -176,7 +196,7 @@ class _Run:
 
         self.budget.others = drawn({k: v for k, v in self.workers.all().items() if k != self.workers.name})
         self.budget.retesting = True
-        before = self.account.device_s
+        before, known = self.account.device_s, len(self.storage.retests())
         with self.account.spending("retest_s"):
             try:
                 retest(session, self.storage, self.budget, self.progress)
@@ -184,6 +204,8 @@ class _Run:
                 self.progress.say("the time was over within a step of a retest")
         # Steps are measured one by one, evaluations within retests are not.
         self.account.device_s = max(self.account.device_s, before + 0.95 * self.account.retest_s)
+        failed = [row for row in self.storage.retests()[known:] if "failure" in row]
+        self.account.lose(sum(row["wall_s"] for row in failed), "retest_s")
 
     def _interim(self, records: int) -> None:
         """A report of what there is, after the first trials and whenever there are twice as many.
@@ -216,6 +238,7 @@ class _Run:
     def _end(self) -> None:
         self.budget.promise(0, 0)
         elapsed = self.budget.elapsed_s()
+        self.workers.rest()
         try:
             with self.storage.lock():
                 self.workers.leave()
@@ -225,6 +248,20 @@ class _Run:
             self.storage.copy(now=True)
         except Exception as error:  # what ended the session is told, not what this then met
             self.progress.say(f"the session's end could not be written: {error}")
+
+
+def _memory(session: Session) -> Memory:
+    """What lanes may take of the memory that is free now, the weights being there."""
+    from peftscape.search.guarded import Memory
+    from peftscape.search.memory import SHARE, free_bytes
+    from peftscape.search.session import design_costs
+
+    weights, free = (
+        session.backbone.sites.parameters * session.backbone.dtype.itemsize,
+        free_bytes(session.backbone.device),
+    )
+    limit = None if free is None else weights + round(SHARE * free)
+    return Memory(limit=limit, weights=weights, alone=lambda design: design_costs(session, design).peak_bytes)
 
 
 def _spent_s(storage: Storage) -> float:

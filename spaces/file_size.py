@@ -43,11 +43,11 @@ def kept_entries(placement: Placement, tensor: Tensor) -> int | None:
     return tensor.kept
 
 
-def stored_tensors(design: Design, sites: SiteMap, outputs: int, head: Literal["class", "mean"] | None) -> Stored:
+def stored_tensors(design: Design, sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"] | None) -> Stored:
     """(type, shape) of each tensor that `peftscape.search.adapter_folder.save` writes, by name.
 
     Args:
-        head: None where there is none (a language model's own stays as it is).
+        head: None where there is none; a language model's own (`lm`) stays as it is.
 
     Raises:
         ValueError: as `head_shapes`.
@@ -73,13 +73,15 @@ def _parts(placement: Placement, tensor: Tensor) -> Stored:
     return {".kept": ("F32", (kept,))} | ({".index": ("I32", (kept,))} if how == "indexed" else {".mask": bits})
 
 
-def head_shapes(sites: SiteMap, outputs: int, head: Literal["class", "mean"] | None) -> dict[str, tuple[int, ...]]:
+def head_shapes(
+    sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"] | None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the head's tensors.
 
     Raises:
         ValueError: if transformers has no classifier for the family and `head` asks for it.
     """
-    if head is None:
+    if head is None or head == "lm":
         return {}
     if head == "mean":
         return {"weight": (outputs, sites.d_model), "bias": (outputs,)}

@@ -54,9 +54,9 @@ def test_imports_run_one_way(folder):
 
 @pytest.mark.parametrize("folder", ["spaces", "analysis"])
 def test_spaces_and_analysis_load_nothing_heavy(folder):
-    # Kernels are imported by the operations that run them, on a GPU.
+    # Kernels, and the padding of lanes, are imported by the operations that run them.
     found = sorted((ROOT / folder).rglob("*.py"))
-    files = [p.relative_to(ROOT) for p in found if not p.name.startswith("fused_")]
+    files = [p.relative_to(ROOT) for p in found if not p.name.startswith("fused_") and p.name != "stack.py"]
     names = [".".join(("peftscape", *p.with_suffix("").parts)).removesuffix(".__init__") for p in files]
     assert loaded("import " + ", ".join(names)) == []
 
