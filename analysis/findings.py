@@ -152,7 +152,7 @@ def claims(
             )
         if belief.rough:
             said.append(
-                "Scores err by nearly as much as designs of like cost lie apart, so they do not show how true "
+                "Scores are too few, or err by nearly as much as designs of like cost lie apart, to show how true "
                 "scores are spread. The shares in the middle are rough for that: in simulations designs given 0.2 to "
                 "0.4 were members in 0.2 to 0.5 of cases. More examples or seeds make them sharper."
             )

@@ -27,7 +27,7 @@ WHAT = (
 
 
 def predicted_rows(study: Study) -> list[Row]:
-    """A row a design and cost of those that the search measured alone (`Study.alone`), in the front's order."""
+    """A row a design and cost of those that the search measured alone (`Study.alone`), by number."""
     rows: list[Row] = []
     for record in study.records:
         found = study.alone.get(str(record.number))

@@ -106,7 +106,8 @@ def main() -> None:
             continue
         error = f"{peak / published - 1:+.1%}"
         print(f"| {name} | {peak / 1e9:.2f} | {published / 1e9:.2f} | {error} | {ours:,} | {trained:,} |")
-    print(f"\n{len(other)} runs of methods that peftscape does not have: {', '.join(other)}")
+    why = "runs that the script does not turn into a design (some are methods that peftscape has)"
+    print(f"\n{len(other)} {why}: {', '.join(other)}")
 
 
 if __name__ == "__main__":

@@ -146,5 +146,7 @@ class Adapter:
                 out[0, rows] = cohort.logits([rows], split)[0].float().cpu().numpy()
         finally:
             cohort.close()
-        found: NDArray[np.float32] = split.answers(out, self.card.outputs)[0]
+        # A row may have more answers to choose from than any that was learnt from.
+        most = int(split.choices.column.max()) + 1 if split.choices is not None else 0
+        found: NDArray[np.float32] = split.answers(out, max(self.card.outputs, most))[0]
         return found

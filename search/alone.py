@@ -67,13 +67,11 @@ def measure_alone(session: Session, record: Record, adapter: Path) -> dict[str, 
     cohort.cache = None
     prepare(lane, cohort)
     cohort.admit(lane)
+    typical = session.tokens + (session.target or 0)
     try:
-        beside = sorted(
-            range(len(session.data.train)), key=lambda i: abs(session.data.train.lengths[i] - session.tokens)
-        )
-        batch = np.array(beside[: cohort.batch_size])
+        batch = np.argsort(np.abs(session.data.train.lengths - typical), kind="stable")[: cohort.batch_size]
         own = [*session.backbone.model.parameters(), *session.backbone.model.buffers(), *_held(lane)]
-        peak = peak_of(lambda: _pass(cohort, batch), session.backbone.device, own)
+        peak = peak_of(lambda: _pass(cohort, lane, batch), session.backbone.device, own)
         lane.update()
         taken = [_timed(cohort, lane, batch) for _ in range(TIMED_STEPS)]
     finally:
@@ -94,15 +92,16 @@ def _held(lane: Lane) -> list[torch.Tensor]:
     return [*lane.params.values(), *lane.fixed.values()]
 
 
-def _pass(cohort: Cohort, batch: np.ndarray[Any, Any]) -> None:
-    loss = cohort.losses([batch]).sum()
+def _pass(cohort: Cohort, lane: Lane, batch: np.ndarray[Any, Any]) -> None:
+    penalty = lane.penalty()
+    loss = cohort.losses([batch]).sum() + (0 if penalty is None else penalty)
     if loss.requires_grad:  # nothing trains behind a language model's own head
         loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _timed(cohort: Cohort, lane: Lane, batch: np.ndarray[Any, Any]) -> float:
     started = time.perf_counter()
-    _pass(cohort, batch)
+    _pass(cohort, lane, batch)
     lane.update()
     if cohort.backbone.device.type == "cuda":
         torch.cuda.synchronize(cohort.backbone.device)

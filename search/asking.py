@@ -88,7 +88,12 @@ class Asking:
             running = self.storage.refresh()
             begun = self.storage.trained() + running + self.storage.waiting
             fresh = not self.exhausted and self.budget.may_start(
-                begun=begun, in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=self._retests()
+                begun=begun,
+                in_flight_steps=in_flight_steps,
+                in_flight=in_flight,
+                steps=steps,
+                retests=self._retests(),
+                whole=self.session.steps,
             )
             found = self._possible() if fresh and self.storage.left else None
             if found is None and self.comparing is not None:
@@ -107,7 +112,11 @@ class Asking:
     def fits(self, in_flight_steps: int, in_flight: int, steps: int) -> bool:
         """Whether so many more steps of a trial can be trained beside what is in flight."""
         return self.budget.fits(
-            in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=self._retests()
+            in_flight_steps=in_flight_steps,
+            in_flight=in_flight,
+            steps=steps,
+            retests=self._retests(),
+            whole=self.session.steps,
         )
 
     def _retests(self) -> int:

@@ -178,13 +178,6 @@ class Backbone:
             model = AutoModel.from_config(config).to(DTYPES[dtype])
         return cls(model, config, site_map(config.to_dict()))
 
-    def clone(self) -> Backbone:
-        """The same frozen weights in modules of their own, for a second cohort beside a first."""
-        import copy
-
-        model = copy.deepcopy(self.model)
-        return Backbone(model, model.config, self.sites, self.tokenizer, self.source, self.missing, self.quantised)
-
     def _take_attention(self) -> None:
         attention.register()
         self.config._attn_implementation = attention.NAME

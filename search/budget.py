@@ -121,27 +121,32 @@ class Budget:
         evaluations = self.retest_evaluations if retest else self.evaluations
         return (self.lane_step_s or 0.0) * steps + evaluations * self.evaluation_s
 
-    def may_start(self, *, begun: int, in_flight_steps: int, in_flight: int, steps: int, retests: int) -> bool:
+    def may_start(
+        self, *, begun: int, in_flight_steps: int, in_flight: int, steps: int, retests: int, whole: int
+    ) -> bool:
         """Whether one more trial can be trained and what has to follow still fits, of every budget.
 
         Args:
             begun: trials begun so far, by all workers.
             in_flight_steps, in_flight: steps still to do of this worker's running lanes, and how many they are.
-            steps: of a whole trial.
+            steps: of a whole trial, of all its seeds.
             retests: lanes of the retest to come.
+            whole: steps of each of those.
         """
         if self.trials is not None and begun >= self.trials:
             return False
-        return self.fits(in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=retests)
+        return self.fits(
+            in_flight_steps=in_flight_steps, in_flight=in_flight, steps=steps, retests=retests, whole=whole
+        )
 
-    def fits(self, *, in_flight_steps: int, in_flight: int, steps: int, retests: int) -> bool:
+    def fits(self, *, in_flight_steps: int, in_flight: int, steps: int, retests: int, whole: int) -> bool:
         """Whether so many more steps of a trial and what has to follow still fit, of all but the number of trials.
 
         A trial begins, or goes on from a rung, only if it could be trained to its end; in flight it is owed no more
         than the steps to its next rung.
         """
         running = self.running_s(in_flight_steps, in_flight)
-        after = retests * self.lane_s(steps, retest=True)
+        after = retests * self.lane_s(whole, retest=True)
         for limit, left, end in (
             (self.time_s, self.left_s(), self.report_s),
             (self.device_s, self._left("device_s"), 0.0),
@@ -152,7 +157,7 @@ class Budget:
                     return False
         if self.examples is None:
             return True
-        reserve = min(retests * steps * self.batch, RETEST_SHARE * self.examples)
+        reserve = min(retests * whole * self.batch, RETEST_SHARE * self.examples)
         return self._left("examples") >= (in_flight_steps + steps) * self.batch + reserve
 
     def running_s(self, in_flight_steps: int, in_flight: int) -> float:

@@ -25,8 +25,8 @@ def read_chats(table: Table, column: str, errors: list[str]) -> list[str]:
     """The column's lists of messages, each as JSON; a chat without an answer of the assistant is an error."""
     chats: list[str] = []
     for i, value in enumerate(table.column(column)):
-        chat = _parsed(value)
-        if not _is_chat(chat):
+        chat = parsed(value)
+        if not is_chat(chat):
             errors.append(
                 f'task.messages: row {i + 1} of {table.source} is no list of messages such as {{"role": "user", '
                 '"content": "..."}, one of them by the assistant'
@@ -36,7 +36,8 @@ def read_chats(table: Table, column: str, errors: list[str]) -> list[str]:
     return chats
 
 
-def _is_chat(chat: Any) -> bool:
+def is_chat(chat: Any) -> bool:
+    """Whether it is a list of messages, one of them by the assistant."""
     shaped = isinstance(chat, list) and all(
         isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in chat
     )
@@ -47,7 +48,7 @@ def read_options(table: Table, column: str, errors: list[str]) -> list[tuple[str
     """The column's lists of answers (in CSV written as JSON lists), at least two different ones in each row."""
     found: list[tuple[str, ...]] = []
     for i, value in enumerate(table.column(column)):
-        options = _parsed(value)
+        options = parsed(value)
         if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
             errors.append(f'task.options: row {i + 1} of {table.source} has no list of texts in "{column}"')
             return []
@@ -89,7 +90,7 @@ def choice_words(choices: Mapping[str, str] | None, labels: Sequence[str], error
     return tuple(choices[name] for name in labels)
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """A nested value, written as JSON where the file has only strings."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple | np.ndarray) else value

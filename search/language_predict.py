@@ -10,6 +10,7 @@ import numpy as np
 
 from peftscape.search.encoding import NO_OPTION, EncodedSplit
 from peftscape.search.language_encoding import encode_choices, encode_language
+from peftscape.search.language_examples import is_chat, parsed
 from peftscape.search.seq2seq_encoding import encode_pair_choices, encode_pairs
 from peftscape.search.tables import TaskError
 from peftscape.spaces.words import InputError
@@ -64,6 +65,8 @@ def said_of(
                 raise InputError(
                     "predict", ["completions: the adapter says how likely these are; `generate` makes some"]
                 )
+            if wrong := [i for i, text in enumerate(texts) if language.form == "chat" and not is_chat(parsed(text))]:
+                raise InputError("predict", [f"text {i} is no list of messages as JSON" for i in wrong[:5]])
             encoded = learnt(Split(list(texts), None, targets, second), language, tokenizer, adapter.card.max_length)
     except TaskError as error:
         raise InputError("predict", list(error.errors)) from None

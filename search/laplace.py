@@ -106,6 +106,8 @@ def expected_calibration_error(probabilities: Floats, truth: NDArray[Any], bins:
 
 
 def _check(adapter: Adapter) -> None:
+    if adapter.language is not None:
+        raise InputError("laplace", ["an adapter with a trained classifier was expected, not a language model"])
     if adapter.card.outputs < 2:
         raise InputError("laplace", ["classes were expected; a regression has no probabilities"])
     if all(key.startswith(f"{HEAD}/") for key in adapter.lane().params):

@@ -39,9 +39,13 @@ def _group() -> int | None:
     """What is left of the control group's limit, as containers have one (version 2)."""
     try:
         limit, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
+        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
         return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
+    if not (limit.isdigit() and used.isdigit()):
+        return None
+    # Files that were read stay in memory as long as nobody needs it.
+    return max(0, int(limit) - int(used) + int(counts.get("inactive_file", 0)))
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,7 +58,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = {t.untyped_storage()._cdata for t in own}
-        self.now = self.peak = 0
+        self.alive = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,13 +74,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self.known:
             return
         self.known.add(key)
-        self.now += (size := storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        self.alive += (size := storage.nbytes())
+        self.peak = max(self.peak, self.alive)
         finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
-        self.now -= size
+        self.alive -= size
 
 
 def peak_of(work: Callable[[], object], device: torch.device, own: Iterable[Tensor]) -> int:

@@ -35,7 +35,7 @@ LONGEST = 512
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """What `adapter_config.json` says. Raises InputError if it is no classifier's."""
+    """What `adapter_config.json` says. Raises InputError if it is of a task that is not here."""
     path = Path(directory) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -43,8 +43,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise InputError(str(path), ['no "peft_type": not a configuration that HF peft wrote'])
-    if config.get("task_type") != "SEQ_CLS":
-        found = f"task_type {config.get('task_type')!r}: an adapter of a sequence classifier was expected"
+    if config.get("task_type") not in ("SEQ_CLS", "CAUSAL_LM"):
+        expected = "an adapter of a sequence classifier or a causal language model was expected"
+        found = f"task_type {config.get('task_type')!r}: {expected}"
         raise InputError(str(path), [found])
     return config
 

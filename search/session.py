@@ -19,6 +19,7 @@ from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
+    from peftscape.search.encoding import EncodedSplit
     from peftscape.spaces.design import Design
     from peftscape.spaces.record import Costs
 
@@ -29,6 +30,7 @@ class Session:
 
     Args:
         tokens: a typical text's length, the mean of the training texts; costs are told for it.
+        target: of an encoder-decoder that learns an answer to each text, the answers' mean length.
         steps: of every training at full length.
         states: hidden states that all cohorts share; None keeps none.
         rungs: at which trials are compared; None where all are trained to their end.
@@ -42,6 +44,7 @@ class Session:
     data: EncodedTask
     tokens: int
     steps: int
+    target: int | None = None
     guards: dict[str, Any] = field(default_factory=dict)
     states: StateCache | None = None
     rungs: Rungs | None = None
@@ -82,13 +85,19 @@ def open_session(config: SearchConfig) -> Session:
     limit = min(model.max_length, backbone.sites.max_positions or model.max_length)
     data = encode(task, backbone.tokenizer, limit, pairs=backbone.sites.decoder_layers > 0)
     head = make_head(backbone, kind=config.head, outputs=task.num_outputs)
-    tokens = round(float(np.mean(data.train.lengths)))
+    tokens, target = _typical(data.train)
     steps = max(1, -(-config.search.full_length(len(data.train)) // config.search.batch_size))
     try:
         rungs = rungs_of(config.search, steps)
     except ValueError as error:
         raise InputError("search.rungs", [str(error)]) from None
-    return Session(config, backbone, head, task, data, tokens, steps, states=StateCache(backbone), rungs=rungs)
+    return Session(config, backbone, head, task, data, tokens, steps, target, states=StateCache(backbone), rungs=rungs)
+
+
+def _typical(split: EncodedSplit) -> tuple[int, int | None]:
+    if split.sources is None:
+        return round(float(np.mean(split.lengths))), None
+    return round(float(np.mean(list(map(len, split.sources))))), round(float(np.mean(list(map(len, split.ids)))))
 
 
 def design_costs(session: Session, design: Design) -> Costs:
@@ -98,6 +107,7 @@ def design_costs(session: Session, design: Design) -> Costs:
         session.backbone.sites,
         outputs=session.task.num_outputs,
         tokens=session.tokens,
+        target=session.target,
         batch=session.config.search.batch_size,
         head=session.config.head,
         dtype=session.backbone.precision,

@@ -173,7 +173,8 @@ class Storage:
 
         with self._writing():
             trial = self._trial(number)
-            if trial.state == TrialState.RUNNING:
+            # One that a full disk met on its way to waiting waits.
+            if trial.state == TrialState.RUNNING and not waits(trial):
                 self._set(number, "tries", max(0, trial.user_attrs.get("tries", 1) - (not counts)))
                 self._database.set_trial_state_values(self._trial_id(number), state=TrialState.WAITING)
 

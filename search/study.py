@@ -197,15 +197,16 @@ class _Run:
         self.budget.others = drawn({k: v for k, v in self.workers.all().items() if k != self.workers.name})
         self.budget.retesting = True
         before, known = self.account.device_s, len(self.storage.retests())
-        with self.account.spending("retest_s"):
-            try:
+        try:
+            with self.account.spending("retest_s"):
                 retest(session, self.storage, self.budget, self.progress)
-            except HangError:
-                self.progress.say("the time was over within a step of a retest")
-        # Steps are measured one by one, evaluations within retests are not.
-        self.account.device_s = max(self.account.device_s, before + 0.95 * self.account.retest_s)
-        failed = [row for row in self.storage.retests()[known:] if "failure" in row]
-        self.account.lose(sum(row["wall_s"] for row in failed), "retest_s")
+        except HangError:
+            self.progress.say("the time was over within a step of a retest")
+        finally:
+            # Steps are measured one by one, evaluations within retests are not.
+            self.account.device_s = max(self.account.device_s, before + 0.95 * self.account.retest_s)
+            failed = [row for row in self.storage.retests()[known:] if "failure" in row]
+            self.account.lose(sum(row["wall_s"] for row in failed), "retest_s")
 
     def _interim(self, records: int) -> None:
         """A report of what there is, after the first trials and whenever there are twice as many.
@@ -255,11 +256,10 @@ def _memory(session: Session) -> Memory:
     from peftscape.search.guarded import Memory
     from peftscape.search.memory import SHARE, free_bytes
     from peftscape.search.session import design_costs
+    from peftscape.spaces.cost import model_bytes
 
-    weights, free = (
-        session.backbone.sites.parameters * session.backbone.dtype.itemsize,
-        free_bytes(session.backbone.device),
-    )
+    weights = model_bytes(session.backbone.sites, session.backbone.precision)
+    free = free_bytes(session.backbone.device)
     limit = None if free is None else weights + round(SHARE * free)
     return Memory(limit=limit, weights=weights, alone=lambda design: design_costs(session, design).peak_bytes)
 

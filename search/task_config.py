@@ -175,7 +175,7 @@ def _language_errors(config: TaskConfig) -> list[str]:
         errors.append("task.completion: prompt and completion go together; texts without a prompt are text = COLUMN")
     if config.messages is not None and config.prompt is not None:
         errors.append("task.messages: chats have no further prompt; give messages, or prompt and completion")
-    if config.loss_on == "completion" and config.messages is None and config.prompt is None:
+    if config.loss_on == "completion" and config.messages is None and with_columns(config).prompt is None:
         errors.append('task.loss_on: "completion" needs a prompt and a completion, or messages')
     if config.choices is not None and config.options is not None:
         errors.append("task.options: each row has its own options already; give choices or options")

@@ -103,7 +103,7 @@ def kept(
         spread = max(1, sites.layers - max(lowest, 0))
         backbone, adapters = inputs + backbone // spread, adapters // spread
     if profile.cache and sites.causal and not checkpointing:
-        prefix = sum(_prefix(p.method) for p in design.placements)
+        prefix = sum(p.method.prefix_length() for p in design.placements)
         held += sites.layers * batch * (length + prefix) * 2 * sites.d_kv * width
     ladders = [(p.method, site) for p in design.placements for site in p.where(sites) if site.kind == "ladder"]
     states = sum(batch * length * site.d_in * width * len(method.rungs(site)) for method, site in ladders)
@@ -189,13 +189,9 @@ def _of_two_stacks(
     return Kept(backbone=passes * backbone, adapters=passes * adapters, copies=passes * copies, held=held)
 
 
-def _prefix(method: Method) -> int:
-    return method.prefix_length()
-
-
 def _prefix_bytes(method: Method, site: Site, sites: SiteMap, length: int, width: int, attention: Attention) -> int:
     """A prefix makes the kept keys, values and scores longer."""
-    longer = _prefix(method)
+    longer = method.prefix_length()
     if not longer:
         return 0
     keys = site.d_in if attention in ("lanes", "masked", "joint", "eager") else site.d_out

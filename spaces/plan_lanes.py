@@ -3,7 +3,8 @@
     weights + correction * sum(peak of a lane alone - weights) <= limit
 
 A lane brings its states, what it keeps and its part of the widest step; the frozen weights are there once. The
-correction is what was measured over what was predicted.
+correction is what was measured over what was predicted. What lanes of other parts hold meanwhile, their own tensors and
+moments, is taken as small beside what a step keeps; a language model's chunk of logits is counted once a lane.
 """
 
 from __future__ import annotations
@@ -28,9 +29,3 @@ def groups(alone: Sequence[int], weights: int, limit: int | None, correction: fl
             start, used = i, 0.0
         used += brings
     return [*parts, range(start, len(alone))] if alone else []
-
-
-def width(alone: int, weights: int, limit: int, correction: float = 1.0) -> int:
-    """How many lanes of one design fit at once; 0 where not one does."""
-    brings = correction * max(1, alone - weights)
-    return max(0, int((limit - weights) // brings))

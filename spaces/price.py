@@ -162,15 +162,16 @@ def costs(
         dtype: of the frozen backbone and its activations; trained values are float32.
         target: tokens of an encoder-decoder's target; None for as many.
     """
+    target = target or tokens
     length = tokens + design.prompt_length()
     on_head, adapter = head_size(sites, outputs, head), adapter_size(design, sites)
     forward, backward = train_flops(design, sites, length, target=target)
     held = kept(design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype, target=target)
-    words = 2 * (target or tokens) * sites.d_model * sites.vocab if head == "lm" else 0
+    words = 2 * target * sites.d_model * sites.vocab if head == "lm" else 0
     states = TRAINED_BYTES * (optimised_size(design, sites) + on_head)
     working = max(
         held.beyond(working_bytes(sites, length, batch, WIDTH[dtype])),
-        LM_CHUNK_BYTES * min(LM_CHUNK, batch * tokens * sites.vocab) if words else 0,
+        LM_CHUNK_BYTES * min(LM_CHUNK, batch * target * sites.vocab) if words else 0,
     )
     height = held.total + working
     if design.full:  # its gradients come as what was kept goes

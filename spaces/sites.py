@@ -200,7 +200,7 @@ class SiteMap:
     def select(self, kinds: Iterable[str], layers: Iterable[int]) -> tuple[Site, ...]:
         """The sites of these kinds (of one stack: `cross.q`) in these layers, in the model's order.
 
-        What lies outside the layers comes with `input` and `model`, which are nowhere else, and otherwise
+        What lies outside the layers comes with `EVERYWHERE`'s kinds, which are nowhere else, and otherwise
         with layer -1 or with all layers together (a BitFit on all layers trains the embeddings' bias too).
 
         Raises:

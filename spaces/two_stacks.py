@@ -59,7 +59,6 @@ class Walk:
         places = [(p, s) for p in self.design.placements for s in p.where(self.sites)]
         self.adapted = {s.path for _, s in places if s.kind != "input"}
         self.inputs = {s.path for p, s in places if p.method.side(s) in ("input", "both")}
-        self.longer = {s.path: p.method.prefix_length() for p, s in places if s.kind == "kv"}
         prompted = any(s.kind == "input" for _, s in places)
         encoded = self._stack([s for s in self.sites.sites if s.stack == "encoder"], prompted or self.full, False)
         decoder = [s for s in self.sites.sites if s.stack != "encoder"]

@@ -196,7 +196,8 @@ def _setting() -> str:
 
 
 def _interpreted(device: torch.device) -> bool:
-    return device.type == "cpu" and _setting() == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = device.type == "cpu" and _setting() == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and find_spec("triton") is not None
 
 
 def _power_of_two(size: int) -> int:

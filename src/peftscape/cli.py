@@ -163,7 +163,7 @@ def train(
     named = {"model.source": model, "search.epochs": epochs}
     config = read_config({**DEFAULT, "name": "train"}, [*_task(task), *_overrides(named), *(set_ or [])])
     if is_here(config.model) and (errors := chosen.check(config.model.site_map())):
-        raise InputError(Path(design).name if Path(design).is_file() else "design", errors)
+        raise InputError("design" if design.lstrip().startswith("{") else Path(design).name, errors)
 
     from peftscape.search.train import train_design
 

@@ -192,7 +192,7 @@ def test_a_text_longer_than_the_models_positions_is_cut_and_counted(base: Path, 
     session = open_session(of)
     data = session.data
     assert data.train.cut + data.validation.cut + data.test.cut == 3
-    assert max(data.train.lengths.max(), data.test.lengths.max()) <= 32
+    assert max(data.train.lengths.max(), data.test.lengths.max()) <= session.backbone.sites.max_positions
     of = tiny(base, task=of.task, budget={"trials": 1}, search={"retest_seeds": 0})
     run_search(of, tmp_path / "run", quiet=True)
     import optuna

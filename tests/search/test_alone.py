@@ -63,10 +63,10 @@ def test_live_bytes_are_those_of_the_tensors_that_live_at_once() -> None:
             y = y * 2  # the old one goes as the new one is there
         z = y.view(10, 100)
         x.add_(1)
-    assert (live.peak, live.now) == (8000, 4000)
+    assert (live.peak, live.alive) == (8000, 4000)
     assert z.shape == (10, 100)
     del y, z
-    assert live.now == 0
+    assert live.alive == 0
 
 
 def test_lanes_train_in_the_parts_that_the_plan_tells_and_give_the_same(backbone: Backbone) -> None:
@@ -97,6 +97,7 @@ def test_a_design_alone_takes_what_was_predicted(backbone: Backbone, design: Des
         backbone=backbone,
         head=cohort.head,
         tokens=TOKENS,
+        target=None,
         cohort=lambda: cohort,
         data=SimpleNamespace(train=cohort.train),
     )

@@ -304,21 +304,6 @@ def test_a_backbone_is_frozen_and_trained_values_are_float32(saved: Saved) -> No
     assert backbone.tokenizer.pad_token is None
 
 
-def test_a_clone_computes_the_same_in_modules_of_its_own(saved: Saved) -> None:
-    backbone, head, cohort = opened(saved("llama"))
-    own = lane(several(backbone)[-1], backbone, head)
-    copied = backbone.clone()
-    other = Cohort(copied, Head(copied, kind="class", outputs=OUTPUTS), cohort.train, batch_size=2)
-    cohort.admit(own)  # its hooks stay where they are
-    other.admit(lane(Design.from_json({}), copied, other.head))
-    bare = theirs(saved("llama"), other.lanes[0], cohort.train.ids)
-    with torch.no_grad():
-        found = other.logits([np.arange(len(TEXTS))], cohort.train)[0]
-    torch.testing.assert_close(found, bare, rtol=1e-4, atol=1e-5)
-    cohort.close()
-    other.close()
-
-
 def test_token_types_reach_the_model(saved: Saved) -> None:
     backbone, head, cohort = opened(saved("bert"))
     pairs = Split(TEXTS, TEXTS[::-1], np.zeros(len(TEXTS), dtype=np.int64))

@@ -47,7 +47,8 @@ def budget(clock: Clock, **more: Any) -> Budget:
 
 
 def may_start(of: Budget, *, steps: int = 100, **more: int) -> bool:
-    return of.may_start(**{"begun": 0, "in_flight_steps": 0, "in_flight": 0, "steps": steps, "retests": 0, **more})
+    plain = {"begun": 0, "in_flight_steps": 0, "in_flight": 0, "steps": steps, "retests": 0, "whole": steps}
+    return of.may_start(**{**plain, **more})
 
 
 def test_time_passes_over_all_sessions(clock: Clock) -> None:
@@ -106,7 +107,10 @@ def test_a_trial_is_evaluated_at_its_rungs_too_and_goes_on_whatever_the_number_o
     needed = CAUTION * (0.1 * 30 + 2 * 2.0 + 16.0) + REPORT_S
     for hair, fits in ((-0.01, True), (0.01, False)):
         clock.now = 1000 + 100 - needed + hair
-        assert of.fits(in_flight_steps=30, in_flight=2, steps=100, retests=0) is fits
+        assert of.fits(in_flight_steps=30, in_flight=2, steps=100, retests=0, whole=100) is fits
+    clock.now = 1000 + 100 - CAUTION * (8.0 + 1.5 * 12.0) - REPORT_S
+    assert not of.fits(in_flight_steps=0, in_flight=0, steps=20, retests=2, whole=100), "retests are whole trainings"
+    assert of.fits(in_flight_steps=0, in_flight=0, steps=20, retests=1, whole=100)
 
 
 def test_a_retest_is_evaluated_on_test_data_too(clock: Clock) -> None:

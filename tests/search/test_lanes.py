@@ -234,6 +234,7 @@ def test_full_finetuning_is_a_plain_loop_over_transformers_own_model(family: str
     own_head = {n for n, p in model.named_parameters() if not n.startswith(model.base_model_prefix)}
     assert own_head == {k.removeprefix("head/") for k in own.params if k.startswith("head/")}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    rise, fall = math.ceil(warmup * STEPS), math.ceil(decay * STEPS)
     stream = [i for epoch in range(9) for i in np.random.default_rng((4, epoch)).permutation(len(split()))]
     wanted = []
     for step in range(STEPS):
@@ -244,7 +245,7 @@ def test_full_finetuning_is_a_plain_loop_over_transformers_own_model(family: str
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 2, (STEPS - step) / 6)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / rise, (STEPS - step) / fall)
         optimizer.step()
     shared.admit(own)
     run_steps(shared, STEPS)

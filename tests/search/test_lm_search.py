@@ -11,6 +11,7 @@ from language import ANSWERS, NAMES, make_decoder
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peftscape.search.adapter_folder import CARD
 from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings, TaskConfig
 from peftscape.search.export import export, load
 from peftscape.search.merge import export_merged
@@ -87,6 +88,8 @@ def test_learnt_completions_are_generated_and_exported(base, tmp_path):
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert load(tmp_path / "peft").generate(prompts[:1]) == answers[:1]
+    (tmp_path / "peft" / CARD).unlink()  # as HF peft writes such folders
+    assert load(tmp_path / "peft", model=base).generate(prompts[:1]) == answers[:1]
     said = {}
     for name, model in (("plain", plain), ("tuned", tuned), ("merged", merged)):
         said[name] = []

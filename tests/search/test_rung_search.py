@@ -15,8 +15,10 @@ from peftscape.analysis.sources import load
 from peftscape.search.cohort import Cohort
 from peftscape.search.config import SearchConfig
 from peftscape.search.config_values import value_errors
+from peftscape.search.disk import DiskError
 from peftscape.search.guarded import Guarded
 from peftscape.search.progress import stopped
+from peftscape.search.rung_study import waits
 from peftscape.search.session import open_session
 from peftscape.search.storage import Storage
 from peftscape.search.study import run_search
@@ -142,6 +144,25 @@ def test_a_stopped_search_goes_on_with_what_waited(
         (r.number, r.digest, r.state, len(r.rungs)) for r in records
     ]
     assert load(out).spent["examples"] == trained(found), "nothing was trained twice"
+
+
+def test_a_disk_that_is_full_where_a_trial_waits_leaves_it_waiting(
+    base: Path, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Guarded, *lanes: Any) -> None:
+        raise DiskError(tmp_path, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guarded, "put_by", full)
+        with pytest.raises(DiskError):
+            run_search(config(base), tmp_path / "run", quiet=True)
+    storage = Storage(tmp_path / "run", config(base))
+    assert storage.waiting == 1
+    assert not [t for t in storage.trials if t.state.name == "WAITING" and waits(t)], "it is not asked for anew"
+    storage.close()
+    found = run_search(config(base), tmp_path / "run", quiet=True).records
+    check(found, tmp_path / "run")
+    assert [r.digest for r in found] == [r.digest for r in unbroken[0]]
 
 
 def test_a_killed_search_loses_no_trial_that_waits(base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -16,11 +17,13 @@ from two_stacks import ANSWERS, make_pair_model
 from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings, TaskConfig
 from peftscape.search.export import export, load
 from peftscape.search.merge import export_merged
+from peftscape.search.session import open_session
 from peftscape.search.study import run_search
 from peftscape.search.tables import TaskError
 from peftscape.search.task import check_task, load_task
 from peftscape.search.train import train_design
 from peftscape.spaces.design import Design
+from peftscape.spaces.price import costs
 
 SPACE = {
     "slots": [
@@ -67,6 +70,16 @@ def test_a_search_over_stacks_and_what_comes_out_of_it(t5: Path, tmp_path: Path)
     assert len(done) == 3
     assert all(r.costs.head == 0 and r.costs.trainable > 0 for r in done)
     best = max(done, key=lambda r: r.validation)
+    session = open_session(config)
+    tokenizer, learnt = session.backbone.tokenizer, session.task.train
+    tokens, target = (
+        round(float(np.mean([len(tokenizer(text).input_ids) for text in texts])))
+        for texts in (learnt.texts, learnt.completions)
+    )
+    assert best.costs == costs(
+        Design.from_json(best.design), session.backbone.sites,
+        outputs=session.task.num_outputs, tokens=tokens, target=target, batch=8, head="lm",
+    )  # fmt: skip
     assert best.retests[0].test > 0
     adapter = load(tmp_path / "run" / "adapters" / str(best.number))
     assert adapter.predict(["what is bob"], ["blue"])[0]["tokens"] == 2

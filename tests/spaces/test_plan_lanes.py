@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from peftscape.spaces.plan_lanes import groups, width
+from peftscape.spaces.plan_lanes import groups
 
 WEIGHTS = 100
 
@@ -38,10 +38,3 @@ def test_a_correction_and_no_limit() -> None:
     assert groups([150] * 4, WEIGHTS, 200) == [range(2), range(2, 4)]
     assert groups([150] * 4, WEIGHTS, 200, correction=2.0) == [range(i, i + 1) for i in range(4)]
     assert groups([], WEIGHTS, 200) == []
-
-
-def test_the_width_of_one_design_is_that_of_its_groups() -> None:
-    for limit in (90, 140, 150, 260, 1000):
-        wide = width(150, WEIGHTS, limit)
-        assert wide == 0 or groups([150] * wide, WEIGHTS, limit) == [range(wide)]
-        assert len(groups([150] * (wide + 1), WEIGHTS, limit)) == (2 if wide else 1)

@@ -135,10 +135,10 @@ def test_said_adds_its_scaled_projection_to_each_weight_and_counts_its_dimension
     for row, held in zip(rows, own.own[0], strict=True):
         # theta's image, in the span of the columns of M: the change is linear in theta and scale.
         again = method.expand([{**h, "theta": 2 * h["theta"]} for h in own.own[0]], sites, None)
-        torch.testing.assert_close(again[len(changes)]["change"], 2 * row["change"])
-        changes.append(row["change"] / held["scale"])
-        found = method.apply(Lanes({"change": row["change"].unsqueeze(0)}), x, y)
-        torch.testing.assert_close(found, y + x @ row["change"].T)
+        torch.testing.assert_close(again[len(changes)]["delta"], 2 * row["delta"])
+        changes.append(row["delta"] / held["scale"])
+        found = method.apply(Lanes({"delta": row["delta"].unsqueeze(0)}), x, y)
+        torch.testing.assert_close(found, y + x @ row["delta"].T)
     assert not torch.allclose(changes[0], changes[1])  # each weight has a projection of its own
 
 

@@ -179,7 +179,9 @@ def test_a_record_names_the_kernels_of_its_lanes() -> None:
     metric = SimpleNamespace(name="accuracy", direction="maximize")
     search = SimpleNamespace(batch_size=2)
     session: Any = SimpleNamespace(
-        task=SimpleNamespace(metric=metric, validation=[0] * 9), config=SimpleNamespace(search=search)
+        task=SimpleNamespace(metric=metric),
+        data=SimpleNamespace(validation=[0] * 9),
+        config=SimpleNamespace(search=search),
     )
     costs = Costs(adapter=1, head=1, trainable=2, train_flops=1, infer_flops=1, peak_bytes=1, adapter_bytes=1)
     own = [lane([LORA]), lane([LORA])]
