@@ -31,13 +31,13 @@ def generate(cohort: Cohort, prompts: Sequence[Ids], *, most: int, ends: frozens
     assert isinstance(head, LMHead)
     lanes, count = len(cohort.lanes), len(prompts)
     said: list[list[int]] = [[] for _ in range(lanes * count)]
-    over = np.zeros(lanes * count, dtype=np.bool_)
-    ahead = max((lane.design.position_shift() for lane in cohort.lanes), default=0)
-    read = 1 if cohort.backbone.sites.decoder_layers else max(map(len, prompts), default=0)
-    room = (cohort.backbone.sites.max_positions or 1 << 30) - ahead - read
+    read = np.array([1 if cohort.backbone.sites.decoder_layers else len(prompt) for prompt in prompts])
+    ahead = np.array([lane.design.position_shift() for lane in cohort.lanes])
+    room = ((cohort.backbone.sites.max_positions or 1 << 30) - ahead[:, None] - read).reshape(-1)
+    over = room <= 0
     cache, cohort.cache = cohort.cache, None  # these texts are others at every step
     try:
-        for _ in range(min(most, room)):
+        for _ in range(most):
             # Lanes have equally many examples in a pass: a text goes on as long as any lane's does.
             live = np.flatnonzero(~over.reshape(lanes, count).all(axis=0))
             if not len(live):
@@ -48,6 +48,7 @@ def generate(cohort: Cohort, prompts: Sequence[Ids], *, most: int, ends: frozens
                 if not over[i]:
                     over[i] = word in ends
                     said[i] += [] if over[i] else [word]
+                    over[i] |= len(said[i]) == room[i]
     finally:
         cohort.cache = cache
     return [said[lane * count : (lane + 1) * count] for lane in range(lanes)]

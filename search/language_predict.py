@@ -108,6 +108,10 @@ def continued(adapter: Adapter, language: Language, prompts: Sequence[str], most
     ids = [np.array(tokenizer(text, add_special_tokens=not chat)["input_ids"], dtype=np.int64) for text in texts]
     if empty := [i for i, row in enumerate(ids) if not len(row)]:
         raise InputError("generate", [f"prompt {i} has no tokens" for i in empty[:5]])
+    room, two = adapter.backbone.sites.max_positions, adapter.backbone.sites.decoder_layers > 0
+    if room and (long := [i for i, row in enumerate(ids) if len(row) + (not two) > room]):
+        why = f"tokens, which leaves no room in the model's {room:,} positions"
+        raise InputError("generate", [f"prompt {i} has {len(ids[i]):,} {why}" for i in long[:5]])
     nothing = np.zeros(len(ids), dtype=np.float32)
     split = EncodedSplit(ids, None, nothing, 0, np.array([len(row) for row in ids]))
     cohort = Cohort(adapter.backbone, adapter.head, split, batch_size=batch_size)

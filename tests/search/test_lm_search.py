@@ -20,6 +20,7 @@ from peftscape.search.study import run_search
 from peftscape.search.task import load_task
 from peftscape.search.train import train_design
 from peftscape.spaces.design import Design
+from peftscape.spaces.words import InputError
 
 SPACE = {
     "slots": [
@@ -77,6 +78,10 @@ def test_learnt_completions_are_generated_and_exported(base, tmp_path):
     prompts = [f"what {name} likes :" for name in NAMES]
     answers = [ANSWERS[name] for name in NAMES]
     assert adapter.generate(prompts) == answers
+    filler = " ".join(["what"] * 63)  # one place is left, beside texts with many
+    assert adapter.generate([*prompts, filler], most=3)[:-1] == answers
+    with pytest.raises(InputError, match="prompt 1 has 64 tokens"):
+        adapter.generate([prompts[0], f"{filler} what"])
     losses = [row["loss"] for row in adapter.predict(prompts, [f" {a}" for a in answers])]
 
     written = export(adapter.tensors, adapter.card, adapter.backbone, adapter.head, tmp_path / "peft")
