@@ -122,9 +122,10 @@ class _Run:
                 if session is not None:
                     from peftscape.search.alone import measure_front
 
-                    self._retest(session)
+                    # Before the retests, which take what time there is; the front is the same after them.
                     with self.account.spending("evaluation_s"):
                         measure_front(session, storage, self.budget)
+                    self._retest(session)
                 self._report()
                 storage.set_attr("finished", True)
         finally:
