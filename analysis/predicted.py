@@ -12,7 +12,7 @@ Row = tuple[str, str, str, str, str]
 """Design, what, predicted, measured, error."""
 
 PREDICTED = (
-    "Each design trained alone for a few steps when the search was over, on texts of the length that costs are told for and "
+    "Each design trained alone for a few steps after the search, on texts of the length that costs are told for and "
     "without kept states. Peak memory: weights, what trains, moments and the most that a step has at once; on a "
     "processor what an operation takes inside itself is not seen. Seconds are predicted from FLOPs at the rate that "
     "the search reached with its lanes together, where kept states may spare it lower layers."

@@ -1,4 +1,4 @@
-"""What a design costs alone, measured: the members of a front train a few steps by themselves when the search is over."""
+"""What a design costs alone, measured: members of the front train a few steps by themselves after the search."""
 
 from __future__ import annotations
 
