@@ -71,7 +71,7 @@ class Forward:
         own = [s.path for s in sites.sites if s.kind == "o" and s.layer == sites.layers - 1]
         if sites.norm_place != "post" or not own or not own[0].endswith("attention.output.dense"):
             return None
-        if self.rungs:
+        if self.rungs:  # a side network reads all tokens
             return None
         for stage in self._stages:
             late = stage.site.layer == sites.layers - 1 and stage.site.kind not in ("q", "k", "v", "kv")
@@ -79,9 +79,7 @@ class Forward:
                 return None
         return own[0].removesuffix(".dense")
 
-    def _run_reading(
-        self, batch: Batch, start: int, given: Mapping[int, Tensor], read: Tensor, path: str
-    ) -> Tensor:  # fmt: skip
+    def _run_reading(self, batch: Batch, start: int, given: Mapping[int, Tensor], read: Tensor, path: str) -> Tensor:
         def only_read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(self._picked(x) for x in args)
 

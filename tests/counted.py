@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,9 @@ def one_lane(of: Design, config: Any, batch: int, tokens: int) -> tuple[Cohort, 
     return shared, lambda: shared.losses([np.arange(batch)]).sum()
 
 
-def kept_bytes(of: Design, config: Any, batch: int, tokens: int) -> int:
-    """Bytes that autograd keeps: storages once, weights left out."""
-    shared, forward = one_lane(of, config, batch, tokens)
-    model, [lane] = shared.backbone.model, shared.lanes
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *lane.params.values())}
+def kept_for(own: Iterable[torch.Tensor], forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """A loss, and the bytes that autograd keeps for it: storages once, those of `own` left out."""
+    known = {t.untyped_storage().data_ptr() for t in own}
     held: dict[int, Any] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -45,8 +43,16 @@ def kept_bytes(of: Design, config: Any, batch: int, tokens: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return int(sum(storage.nbytes() for storage in held.values()))
+        loss = forward()
+    assert loss.requires_grad
+    return loss, int(sum(storage.nbytes() for storage in held.values()))
+
+
+def kept_bytes(of: Design, config: Any, batch: int, tokens: int) -> int:
+    """Bytes that autograd keeps of a lane alone, weights left out."""
+    shared, forward = one_lane(of, config, batch, tokens)
+    model, [lane] = shared.backbone.model, shared.lanes
+    return kept_for([*model.parameters(), *model.buffers(), *lane.params.values()], forward)[1]
 
 
 def flops(of: Design, config: Any, batch: int, tokens: int, *, training: bool) -> int:

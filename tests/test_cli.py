@@ -16,13 +16,7 @@ from typer.testing import CliRunner
 from peftscape.analysis.sources import Study
 from peftscape.cli import app
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Commands run in an empty folder, on a terminal of 100 columns."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted import kept_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
@@ -166,20 +167,11 @@ def test_the_head_alone_needs_no_backward(config: dict[str, Any]) -> None:
 
 def kept(run: Run, batch: int, tokens: int, **where: Any) -> int:
     """Bytes that autograd keeps, storages counted once, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*run.model.parameters(), *run.model.buffers()]}
-    storages: dict[int, Any] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if (storage := t.untyped_storage()).data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = run.forward(batch, tokens, **where)
-    assert loss.requires_grad
+    own = [*run.model.parameters(), *run.model.buffers()]
+    _, found = kept_for(own, lambda: run.forward(batch, tokens, **where))
     # What this test's own loss keeps is not the backbone's.
     width = 1 if run.sites.head is not None and run.sites.head.pooling == "pooler" else tokens
-    return int(sum(s.nbytes() for s in storages.values())) - batch * width * run.sites.d_model * 4
+    return found - batch * width * run.sites.d_model * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

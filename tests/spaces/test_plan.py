@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from counted import kept_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
 
@@ -95,26 +95,10 @@ class Run:
         return self.cohort.losses([np.arange(self.batch)]).sum()
 
 
-def saved(own: Any, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that autograd keeps: storages once, those of `own` left out."""
-    known = {t.untyped_storage().data_ptr() for t in own}
-    held: dict[int, Any] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if (storage := t.untyped_storage()).data_ptr() not in known:
-            held[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = forward()
-    assert loss.requires_grad
-    return int(sum(storage.nbytes() for storage in held.values()))
-
-
 def really_kept(family: str, name: str, batch: int, tokens: int, dtype: str) -> int:
     run = Run(family, name, batch=batch, tokens=tokens, dtype=dtype)
     model = run.backbone.model
-    return saved([*model.parameters(), *model.buffers(), *run.lane.params.values()], run.loss)
+    return kept_for([*model.parameters(), *model.buffers(), *run.lane.params.values()], run.loss)[1]
 
 
 @methods
@@ -208,7 +192,7 @@ def test_the_peft_profile_keeps_what_peft_keeps(name: str, dtype: str) -> None:
         ids = torch.randint(3, 90, (batch, tokens))
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0
-        there = saved(
+        _, there = kept_for(
             [*model.parameters(), *model.buffers()],
             lambda m=model, ids=ids, mask=mask: m(input_ids=ids, attention_mask=mask, labels=ids).loss,  # type: ignore[misc]
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
+from counted import kept_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
@@ -56,21 +56,6 @@ CASES: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def kept(own: Any, forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """The loss, and the bytes that autograd keeps for it: storages once, those of `own` left out."""
-    known = {t.untyped_storage().data_ptr() for t in own}
-    held: dict[int, Any] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if (storage := t.untyped_storage()).data_ptr() not in known:
-            held[storage.data_ptr()] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = forward()
-    return loss, int(sum(storage.nbytes() for storage in held.values()))
-
-
 @pytest.mark.parametrize(
     ("family", "name", "dtype", "attention"),
     [
@@ -103,7 +88,7 @@ def test_flops_and_kept_bytes_are_those_of_transformers_models(
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0
         with FlopCounterMode(display=False) as forward:
-            loss, there = kept(
+            loss, there = kept_for(
                 [*model.parameters(), *model.buffers()],
                 lambda x=ids, m=mask, y=labels: model(input_ids=x, attention_mask=m, labels=y).loss,  # type: ignore[misc]
             )

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from counted import flops, kept_bytes
 from transformers import BertConfig, LlamaConfig
 
 from peftscape.search.backbone import Backbone
-from peftscape.search.cohort import Cohort
-from peftscape.search.encoding import EncodedSplit
-from peftscape.search.head import Head
-from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
 from peftscape.spaces.kept import kept
 from peftscape.spaces.price import costs
@@ -60,39 +53,12 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 cases = pytest.mark.parametrize(("name", "family"), list(zip(PLACEMENTS, itertools.cycle(CONFIGS), strict=False)))
 
 
-def run(of: Design, family: str, batch: int, tokens: int) -> tuple[Cohort, Callable[[], torch.Tensor]]:
-    backbone = Backbone.from_config(copy.deepcopy(CONFIGS[family]))
-    ids = [np.random.default_rng(0).integers(4, 60, size=tokens) for _ in range(batch)]
-    split = EncodedSplit(ids, None, np.zeros(batch, dtype=np.int64), 0, np.array([tokens] * batch))
-    head = Head(backbone, kind="class", outputs=2)
-    shared = Cohort(backbone, head, split, batch_size=batch)
-    shared.admit(new_lane(of, seed=0, steps=4, backbone=backbone, head=head))
-    return shared, lambda: shared.losses([np.arange(batch)]).sum()
-
-
-def saved(of: Design, family: str, batch: int, tokens: int) -> int:
-    """Bytes that autograd keeps: storages once, weights left out."""
-    shared, forward = run(of, family, batch, tokens)
-    model, [lane] = shared.backbone.model, shared.lanes
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *lane.params.values())}
-    held: dict[int, Any] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if (storage := t.untyped_storage()).data_ptr() not in known:
-            held[storage.data_ptr()] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return int(sum(storage.nbytes() for storage in held.values()))
-
-
 @cases
 def test_kept_numbers_grow_with_batch_and_length_as_they_do(name: str, family: str) -> None:
     of = Design.from_json({"placements": [PLACEMENTS[name]]})
     real, told = [], []
     for batch, tokens in ((1, 40), (3, 40), (1, 104)):
-        real.append(saved(of, family, batch, tokens))
+        real.append(kept_bytes(of, CONFIGS[family], batch, tokens))
         sites = Backbone.from_config(copy.deepcopy(CONFIGS[family])).sites
         told.append(kept(of, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype="float32").total)
     for there, here in zip(real[1:], told[1:], strict=True):
@@ -101,11 +67,7 @@ def test_kept_numbers_grow_with_batch_and_length_as_they_do(name: str, family: s
 
 @cases
 def test_flops_of_a_further_sequence_are_what_torch_counts(name: str, family: str) -> None:
-    of, tokens, counted = Design.from_json({"placements": [PLACEMENTS[name]]}), 48, []
-    for batch in (2, 4):
-        shared, forward = run(of, family, batch, tokens)
-        with FlopCounterMode(display=False) as both:
-            forward().backward()  # type: ignore[no-untyped-call]
-        counted.append(both.get_total_flops())
-    told = costs(of, shared.backbone.sites, outputs=2, tokens=tokens, batch=4)
-    assert (counted[1] - counted[0]) / 2 == pytest.approx(told.train_flops, rel=0.005)
+    of, tokens, config = Design.from_json({"placements": [PLACEMENTS[name]]}), 48, CONFIGS[family]
+    two, four = (flops(of, config, batch, tokens, training=True) for batch in (2, 4))
+    told = costs(of, Backbone.from_config(copy.deepcopy(config)).sites, outputs=2, tokens=tokens, batch=4)
+    assert (four - two) / 2 == pytest.approx(told.train_flops, rel=0.005)
