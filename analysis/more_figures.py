@@ -47,20 +47,21 @@ def curve_traces(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
 
 
 def tuning_figure(curves: Mapping[str, TuningCurve], metric: str) -> dict[str, Any]:
-    """The expected best after n trials, with the whole's band."""
+    """The expected best for so much training, with the whole's band."""
     data: list[dict[str, Any]] = []
     whole = curves.get("all methods")
     if whole:
-        n = whole.trials.tolist()
+        n = whole.work.tolist()
         band = {"x": [*n, *n[::-1]], "y": [*whole.high.tolist(), *whole.low.tolist()[::-1]], "fill": "toself"}
         quiet = {"type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False}
         data.append({**quiet, **band, "fillcolor": _BAND, "line": {"width": 0}, "name": "95 % band"})
     colours = [INK, *(colour for colour, _ in STYLES)]
     for (name, curve), colour in zip(curves.items(), colours, strict=False):
         width = 2.2 if name == "all methods" else 1.4
-        trace = {"type": "scatter", "mode": "lines", "name": html.escape(name), "x": curve.trials.tolist()}
+        trace = {"type": "scatter", "mode": "lines", "name": html.escape(name), "x": curve.work.tolist()}
         data.append({**trace, "y": curve.expected.tolist(), "line": {"color": colour, "width": width}})
-    made = layout("Trials", f"best {metric} to expect, validation")
+    stopped = any((curve.work < curve.trials).any() for curve in curves.values())
+    made = layout("Whole trainings' worth of work" if stopped else "Trials", f"best {metric} to expect, validation")
     made["xaxis"] |= {"type": "log", "tickmode": "auto"}
     return {"data": data, "layout": {**made, "height": 420}}
 

@@ -1,4 +1,4 @@
-"""Tuning curves: the best score to expect after n trials, for each method and for the whole space."""
+"""Tuning curves: the best score to expect for so much training, for each method and for the whole space."""
 
 import functools
 import math
@@ -16,9 +16,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TuningCurve:
-    """The best validation score to expect after `trials`, with a 95 % band, and the seconds that they take."""
+    """The best validation score to expect after `trials`, with a 95 % band, and the work and seconds they take.
+
+    `work` is in whole trainings: what so many trials train on average, of which some are stopped early.
+    """
 
     trials: NDArray[np.int64]
+    work: Floats
     expected: Floats
     low: Floats
     high: Floats
@@ -66,15 +70,17 @@ def tuning_curve(
 
     The band is of bootstrap resamples of the records; it is too narrow at the right end, where a resample
     cannot hold a better score than the best seen, so that curves are cut at half of the trials. Failed and
-    stopped trials cost a trial: they count with the worst complete score. What was never trained costs none.
+    stopped trials count with the worst complete score, and cost the share of a training that they had: n of N trials
+    drawn without replacement cost n mean(share) on average. What was never trained costs none.
     """
     complete = [record.validation for record in records if record.state == "complete"]
     if len(complete) < 3:
         return None
     direction = next(record.direction for record in records if record.state == "complete")
     worst = min(complete) if direction == "maximize" else max(complete)
-    lost = sum(kind_of(record) in ("failed", STOPPED) for record in records)
-    scores = np.array([*complete, *[worst] * lost])
+    lost = [record for record in records if kind_of(record) in ("failed", STOPPED)]
+    scores = np.array([*complete, *[worst] * len(lost)])
+    share = (len(complete) + math.fsum(_shares_trained(lost, records))) / len(scores)
     rng = np.random.default_rng(seed)
     if len(scores) > most:
         scores = rng.choice(scores, most, replace=False)
@@ -86,7 +92,14 @@ def tuning_curve(
     low, high = np.percentile(again, [2.5, 97.5], axis=0)
     walls = [record.wall_s for record in records if record.wall_s > 0]
     each = math.fsum(walls) / len(walls) if walls else 0.0
-    return TuningCurve(np.arange(1, reach + 1), expected, low, high, each)
+    trials = np.arange(1, reach + 1)
+    return TuningCurve(trials, np.asarray(trials * share, dtype=np.float64), expected, low, high, each)
+
+
+def _shares_trained(lost: Sequence[Record], records: Sequence[Record]) -> list[float]:
+    """How much of a whole training each of these had; all of it where nobody says."""
+    whole = max((r.curve[-1][0] for r in records if r.state == "complete" and r.curve), default=0)
+    return [min(1.0, r.curve[-1][0] / whole) if r.curve and whole else 1.0 for r in lost]
 
 
 def tuning_curves(records: Sequence[Record], groups: Mapping[str, Sequence[Record]]) -> dict[str, TuningCurve]:

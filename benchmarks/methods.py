@@ -1,6 +1,6 @@
 """Every method on two tasks: this project's small counterpart of the survey's experiment.
 
-    python benchmarks/methods.py [--examples 1280] [--methods lora,ia3] [--tasks trec6,rotten_tomatoes]
+    python benchmarks/methods.py [--examples 1280] [--batch 16] [--methods lora,ia3] [--tasks trec6,rotten_tomatoes]
 
 MiniLM, the same number of examples for every method. The learning rate is chosen on validation data among seven over
 two decades, for every method alike; five further seeds at that rate are scored on the test data (at most 2,000 texts).
@@ -36,7 +36,6 @@ from peftscape.spaces.methods import methods
 OUT = Path(__file__).parent / "results" / "methods.json"
 RATES = [round(1e-4 * 10 ** (i / 3), 7) for i in range(7)]  # 1e-4 to 1e-2
 SEEDS = range(100, 105)
-TEST_TEXTS = 2000
 #: Lanes at once; methods with weights of their own for each lane take more memory.
 LANES = {"packed": 8, "rewritten": 3, "solo": 1}
 
@@ -45,6 +44,7 @@ def main() -> None:
     """Run what is missing, write and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--examples", type=int, default=1280)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--methods", default="")
     parser.add_argument("--tasks", default="trec6,rotten_tomatoes")
     args = parser.parse_args()
@@ -53,13 +53,13 @@ def main() -> None:
     for task in args.tasks.split(","):
         session = open_session(
             SearchConfig(
-                task=TaskConfig(name=task),
+                task=TaskConfig(name=task, max_test=2000),
                 model=ModelConfig(source="minilm", dtype="float32"),
-                search=SearchSettings(examples=args.examples),
+                search=SearchSettings(examples=args.examples, batch_size=args.batch),
             )
         )
         for name, design in designs(session).items():
-            key = f"{task}/{name}/{args.examples}"
+            key = f"{task}/{name}/{args.examples}/{args.batch}"
             if key in found["rows"] or (args.methods and name not in args.methods.split(",")):
                 continue
             found["rows"][key] = measured(session, task, name, design)
@@ -83,11 +83,11 @@ def measured(session: Session, task: str, name: str, design: Design) -> dict[str
     """Choose the rate, train the seeds."""
     started = time.perf_counter()
     lanes = 8 if not design.placements else LANES[design.placements[0].method.execution]
-    tried = trained(session, [(at_rate(design, rate), 0) for rate in RATES], lanes)
-    scores = [score(session, logits, "validation") for _, logits, _ in tried]
+    tried = trained(session, [(at_rate(design, rate), 0) for rate in RATES], lanes, "validation")
+    scores = [score for _, score in tried]
     best = int(np.nanargmax(scores))
-    again = trained(session, [(at_rate(design, RATES[best]), seed) for seed in SEEDS], lanes)
-    tests = [score(session, logits, "test") for _, _, logits in again]
+    again = trained(session, [(at_rate(design, RATES[best]), seed) for seed in SEEDS], lanes, "test")
+    tests = [score for _, score in again]
     mean, error = statistics.mean(tests), statistics.stdev(tests) / math.sqrt(len(tests))
     costs = design_costs(session, design)
     return {
@@ -102,7 +102,7 @@ def measured(session: Session, task: str, name: str, design: Design) -> dict[str
         "adapter": costs.adapter,
         "train_flops": costs.train_flops,
         "peak_bytes": costs.peak_bytes,
-        "lane_s": statistics.median(lane.wall_s for lane, _, _ in again),
+        "lane_s": statistics.median(lane.wall_s for lane, _ in again),
         "wall_s": time.perf_counter() - started,
     }
 
@@ -112,8 +112,9 @@ def at_rate(design: Design, rate: float) -> Design:
     return Design.from_json(design.json() | {"training": design.json()["training"] | {"lr": rate}})
 
 
-def trained(session: Session, runs: list[tuple[Design, int]], at_once: int) -> list[tuple[Lane, Any, Any]]:
-    """Each run's lane, its logits on the validation data and on the test data."""
+def trained(session: Session, runs: list[tuple[Design, int]], at_once: int, split: str) -> list[tuple[Lane, float]]:
+    """Each run's lane and its score on a split; NaN where it failed."""
+    rows = getattr(session.data, split)
     found = []
     for part in batches(runs, at_once):
         cohort = session.cohort()
@@ -126,8 +127,10 @@ def trained(session: Session, runs: list[tuple[Design, int]], at_once: int) -> l
         cohort.admit(*lanes)
         while not all(lane.done for lane in lanes):
             cohort.step()
-        validation = cohort.predict(session.data.validation, *lanes)
-        found += zip(lanes, validation, cohort.predict(session.data.test, *lanes), strict=True)
+        logits = cohort.predict(rows, *lanes)
+        found += [
+            (lane, float(session.task.metric.score(own, rows.targets))) for lane, own in zip(lanes, logits, strict=True)
+        ]
         cohort.close()
     return found
 
@@ -135,12 +138,6 @@ def trained(session: Session, runs: list[tuple[Design, int]], at_once: int) -> l
 def batches(runs: list[Any], size: int) -> list[list[Any]]:
     """Python 3.11 has no itertools.batched."""
     return [runs[i : i + size] for i in range(0, len(runs), size)]
-
-
-def score(session: Session, logits: Any, split: str) -> float:
-    """The task's metric; NaN where a lane failed."""
-    rows = getattr(session.data, split)
-    return float(session.task.metric.score(logits[:TEST_TEXTS], rows.targets[:TEST_TEXTS]))
 
 
 def expected_best(scores: list[float]) -> list[float]:

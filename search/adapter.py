@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Adapter:
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | Sequence[Sequence[str]],
         pairs: Sequence[str] | None = None,
         *,
         options: Sequence[Sequence[str]] | None = None,
@@ -66,17 +66,24 @@ class Adapter:
         """What the adapter says of each text.
 
         Args:
+            texts: where words are labelled, lists of words, or texts whose words stand between blanks.
             pairs: second texts; of a language model the completions of the texts.
             options: answers to each text, where it was trained to choose among those of each example.
 
         Returns:
             `{"label": ..., "score": its probability, "probabilities": {label: ...}}` for classes and options (equally
-            named ones cannot be), `{"score": the number}` for regression, and for language models
-            `{"loss": of a token in nats, "perplexity": ..., "tokens": how many}`.
+            named ones cannot be), `{"score": the number}` for regression, for language models
+            `{"loss": of a token in nats, "perplexity": ..., "tokens": how many}`, and where words are labelled
+            `{"words": [...], "labels": [...], "scores": [...]}`, with None for a word beyond `max_length`.
 
         Raises:
             InputError: texts that cannot be read; see `logits`.
         """
+        if self.card.head == "token":
+            from peftscape.search.token_predict import labels_of_words
+
+            return labels_of_words(self, texts, batch_size)
+        texts = cast("Sequence[str]", texts)
         if self.language is not None:
             return said_of(self, self.language, texts, pairs, options, batch_size)
         logits = self.logits(texts, pairs, batch_size=batch_size).astype(np.float64)
@@ -93,6 +100,8 @@ class Adapter:
         Raises:
             InputError: no tokenizer came with the backbone, a text has no tokens, or pairs are missing.
         """
+        if self.card.head == "token":
+            raise InputError("logits", ["an adapter that labels words has logits of words; use predict"])
         tokenizer = self.tokenizer()
         if pairs is not None and len(pairs) != len(texts):
             raise InputError("predict", [f"{len(pairs)} second texts for {len(texts)} texts"])

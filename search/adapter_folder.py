@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from peftscape.search.lane import HEAD, declared_tensors
 from peftscape.search.tensor_file import read_tensors_file
 from peftscape.spaces.design import Design
 from peftscape.spaces.file_size import form
+from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.words import InputError, unique
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
-    from peftscape.search.head import Head, HeadKind
+    from peftscape.search.head import Head
     from peftscape.spaces.file_size import Form
 
 SCHEMA = 1
@@ -257,7 +258,7 @@ def read_card(directory: str | Path) -> tuple[Card, dict[str, Any]]:
         if isinstance(error, InputError):
             raise
         raise InputError(str(path), [f"a value is not what was expected: {error}"]) from None
-    if card.head not in ("class", "mean", "lm") or value["format"] not in tuple(TENSORS):
+    if card.head not in get_args(HeadKind) or value["format"] not in tuple(TENSORS):
         raise InputError(str(path), [f'head "{card.head}" or format "{value["format"]}" is unknown'])
     if value.get("card_sha256", _digest(value)) != _digest(value):
         raise InputError(str(path), ["its checksum is not its own: it was changed or damaged"])

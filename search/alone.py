@@ -30,16 +30,20 @@ TIMED_STEPS = 2
 
 
 def measure_front(session: Session, storage: Storage, budget: Budget) -> None:
-    """Measure members of the front alone, as long as there are time and memory; kept in the study (`alone`)."""
+    """Measure members of the front alone, as long as there are time and memory; kept in the study (`alone`).
+
+    It counts as computing in the budget.
+    """
     known = dict(storage.attr("alone", {}))
     for record in _some(sorted(storage.front(), key=lambda r: r.costs.peak_bytes if r.costs else 0)):
         steps_s = (1 + TIMED_STEPS) * max(1, session.config.search.lanes) * (budget.lane_step_s or 0.0)
-        if budget.left_s() < 2 * steps_s + budget.report_s:
+        left_s, _ = budget.part_left(1.0)
+        if left_s <= 2 * steps_s:
             return
         if str(record.number) in known:
             continue
         try:
-            with session.guards["stop"].limit(budget.patience_s()):
+            with budget.account.spending("device_s"), session.guards["stop"].limit(budget.patience_s()):
                 known[str(record.number)] = measure_alone(session, record, storage.adapter_folder(record.number))
         except (HangError, MemoryError, RuntimeError) as error:
             if not (isinstance(error, HangError) or is_out_of_memory(error)):
@@ -71,7 +75,7 @@ def measure_alone(session: Session, record: Record, adapter: Path) -> dict[str, 
     try:
         batch = np.argsort(np.abs(session.data.train.lengths - typical), kind="stable")[: cohort.batch_size]
         own = [*session.backbone.model.parameters(), *session.backbone.model.buffers(), *_held(lane)]
-        peak = peak_of(lambda: _pass(cohort, lane, batch), session.backbone.device, own)
+        peak = peak_of(lambda: cohort.gradients([batch]), session.backbone.device, own)
         lane.update()
         taken = [_timed(cohort, lane, batch) for _ in range(TIMED_STEPS)]
     finally:
@@ -92,16 +96,9 @@ def _held(lane: Lane) -> list[torch.Tensor]:
     return [*lane.params.values(), *lane.fixed.values()]
 
 
-def _pass(cohort: Cohort, lane: Lane, batch: np.ndarray[Any, Any]) -> None:
-    penalty = lane.penalty()
-    loss = cohort.losses([batch]).sum() + (0 if penalty is None else penalty)
-    if loss.requires_grad:  # nothing trains behind a language model's own head
-        loss.backward()  # type: ignore[no-untyped-call]
-
-
 def _timed(cohort: Cohort, lane: Lane, batch: np.ndarray[Any, Any]) -> float:
     started = time.perf_counter()
-    _pass(cohort, lane, batch)
+    cohort.gradients([batch])
     lane.update()
     if cohort.backbone.device.type == "cuda":
         torch.cuda.synchronize(cohort.backbone.device)

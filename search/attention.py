@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftscape.search.device import on_device
+from peftscape.search.generation_past import Following
 from peftscape.spaces import ops
 from peftscape.spaces.ops.choose import noting
 from peftscape.spaces.ops.reference import stacked
@@ -57,7 +59,7 @@ class Prefix:
         """lanes x longest x d_kv twice, and what hides the padding: lanes x 1 x 1 x longest. Made once a pass."""
         if self._padded is None:
             keys, values = stacked(self.keys, dtype), stacked(self.values, dtype)
-            lengths = torch.tensor(self.lengths, device=keys.device)
+            lengths = on_device(self.lengths, keys.device)
             inside = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
             hidden = torch.zeros((), dtype=dtype).where(inside, torch.finfo(dtype).min)[:, None, None, :]
             self._padded = keys, values, hidden
@@ -113,12 +115,18 @@ def attend(
     if batch.source is not None:
         return _attend_padded(batch, batch.source, site, query, key, value, run=run, scale=scale, more=more), None
     prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
+    if isinstance(batch, Following):
+        return _attend_following(batch, site, query, key, value, prefixes=prefixes, scale=scale, more=more), None
     q, k, v = (_to_rows(t, batch) for t in (query, key, value))
     sizes = [len(c.rows) * c.length for c in batch.classes]
+    parts = list(zip(batch.classes, *(torch.split(t, sizes) for t in (q, k, v)), strict=True))
     outputs = [
-        _attend_class(c, *parts, run=run, prefixes=prefixes, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
-        for c, *parts in zip(batch.classes, *(torch.split(t, sizes) for t in (q, k, v)), strict=True)
+        _attend_class(c, *part, run=run, prefixes=prefixes, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
+        for c, *part in parts
     ]
+    if batch.past is not None:
+        for c, _, keys, values in parts:
+            batch.past.keep(site.path, c, keys, values)
     rows = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     lanes, heads, tokens, width = query.shape
     flat = _move(rows, batch.slots, batch.tokens, lanes * tokens)
@@ -188,6 +196,30 @@ def _attend_class(
     return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, softcap)
 
 
+def _attend_following(
+    batch: Following, site: Site, query: Tensor, key: Tensor, value: Tensor, *, prefixes: list[Prefix], scale: float,
+    more: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Attention of one token of each text to those before it, whose keys and values are kept."""
+    assert batch.past is not None
+    lanes, heads, tokens, width = query.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1).index_select(0, batch.tokens) for t in (query, key, value))
+    keys, values = batch.past.extend(site.path, batch, k, v)
+    (rows,) = batch.classes
+    allowed = rows.valid
+    if more.get("sliding_window"):
+        place = torch.arange(rows.length, device=q.device)
+        allowed = allowed & (rows.valid.sum(dim=1, keepdim=True) - 1 - place < more["sliding_window"])
+    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)[:, None, None, :]
+    # Heads of queries that share a head of keys stand where a text's tokens do: no key is written twice.
+    grouped = q.view(len(q), k.shape[1], -1, width)
+    bias = bias.expand(-1, -1, grouped.shape[2], -1)
+    out = _attend_by_prefix(rows, grouped, keys, values, bias, prefixes, scale, more.get("softcap"))
+    flat = out.new_zeros(lanes * tokens, heads * width)
+    flat = flat.index_copy(0, batch.tokens, out.transpose(1, 2).reshape(len(q), heads * width))
+    return flat.view(lanes, tokens, heads, width)
+
+
 def _attend_padded(
     batch: Batch, source: Batch, site: Site, q: Tensor, k: Tensor, v: Tensor, *, run: Attending, scale: float,
     more: dict[str, Any],
@@ -197,23 +229,28 @@ def _attend_padded(
     T5 adds a bias by distance to the scores; a prefix lies before the text, as in transformers' cache.
     """
     rows = (batch if site.stack == "decoder" else source).padded_rows
-    allowed = rows.valid[:, None, None, :]
+    allowed, before = rows.valid[:, None, None, :], 0
     if site.stack == "decoder":
-        place = torch.arange(rows.length, device=q.device)
-        allowed = allowed & (place[:, None] >= place)
+        before = k.shape[2] - q.shape[2]  # keys that were kept, of texts that are equally long
+        place = torch.arange(k.shape[2], device=q.device)
+        allowed = nn.functional.pad(allowed, (before, 0), value=True) & (place[before:, None] >= place)
     bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
     if more.get("position_bias") is not None:
         bias = bias + more["position_bias"]
     bias = bias.expand(-1, -1, q.shape[2], -1)
     table = run.relative.get(site.stack)
-    relative = None if table is None else partial(_bias_before, table)
+    relative = None if table is None else partial(_bias_before, table, before)
     prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
     return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, None, relative)
 
 
-def _bias_before(table: Any, lengths: Tensor, width: int, queries: int) -> Tensor:
-    """T5's bias of a text's tokens for prefixes of these lengths before it: rows x heads x queries x width."""
-    place = torch.arange(queries, device=lengths.device)[:, None]
+def _bias_before(table: Any, first: int, lengths: Tensor, width: int, queries: int) -> Tensor:
+    """T5's bias of a text's tokens, from `first` on, for prefixes of these lengths before it.
+
+    Returns:
+        rows x heads x queries x width.
+    """
+    place = torch.arange(first, first + queries, device=lengths.device)[:, None]
     distance = torch.arange(width, device=lengths.device) - place - lengths[:, None, None]
     buckets = table._relative_position_bucket(
         distance,
@@ -251,15 +288,15 @@ def _with_prefix(
     if prefix is None:
         return q, k, v, bias
     mine = slice(start, start + len(q))
-    which = torch.from_numpy(rows.lanes[mine] - prefix.first).to(q.device)
+    which = on_device(rows.lanes[mine] - prefix.first, q.device)
     keys, values, hidden = _prefix_rows(prefix, which, k.shape[1], k.shape[3], k.dtype)
     if prefix.gate is not None:
         gate = prefix.gate()
-        text = torch.from_numpy(rows.rows[mine] % gate.shape[1]).to(q.device)
+        text = on_device(rows.rows[mine] % gate.shape[1], q.device)
         weight = gate[which, text][:, :, None, None]
         keys, values = keys * weight, values * weight
     if relative is not None:
-        lengths = torch.tensor(prefix.lengths, device=q.device)
+        lengths = on_device(prefix.lengths, q.device)
         hidden = hidden + relative(lengths[which], hidden.shape[-1], q.shape[2])
     hidden = hidden.expand(-1, bias.shape[1], bias.shape[2], -1)
     return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), torch.cat([hidden, bias], dim=-1)

@@ -57,7 +57,12 @@ class Backbone:
     @property
     def precision(self) -> str:
         """How the frozen weights are held: `nf4`, `nf4-dq` or the name of their dtype."""
-        return self.quantised or str(self.dtype).removeprefix("torch.")
+        return self.quantised or self.computation
+
+    @property
+    def computation(self) -> str:
+        """The name of the computation's dtype."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def master_dtype(self) -> torch.dtype:

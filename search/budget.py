@@ -191,6 +191,11 @@ class Budget:
             fit = min(fit, seconds / (CAUTION * self.lane_s(steps, retest=True)))
         return max(0.0, fit)
 
+    def part_left(self, share: float) -> tuple[float, float]:
+        """Such a share of the seconds and of the training examples that are left; infinite without a limit."""
+        seconds = min(self.left_s() - self.report_s, self._left("device_s"))
+        return share * max(0.0, seconds), share * max(0.0, self._left("examples"))
+
     def over_limits(self, costs: Costs) -> list[str]:
         """What a design costs beyond what one may, a line each."""
         words = {"trainable": "trained parameters", "peak_bytes": "bytes at the peak of training"}

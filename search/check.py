@@ -125,7 +125,8 @@ def _priced(config: SearchConfig, known: Checked, task: Task | None) -> Checked:
         sites=sites,
         outputs=outputs,
         tokens=tokens,
-        batch=config.search.batch_size,
+        batch=config.search.pass_size,
+        checkpointing=config.search.gradient_checkpointing,
         head=config.head,
         dtype=dtype,
     )

@@ -125,6 +125,8 @@ def _state(lane: Lane) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors |= {f"{field.name}:{key}": _plain(tensor) for key, tensor in value.items()}
         elif field.name == "losses":
             numbers[field.name] = [x if math.isfinite(x) else str(x) for x in value]
+        elif field.name == "kernels":
+            numbers[field.name] = sorted(value)
         elif value is None or isinstance(value, int | float | str | bool):
             numbers[field.name] = value
     for number, state in lane.optimizer.state_dict()["state"].items():
@@ -200,5 +202,6 @@ def _set(lane: Lane, value: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
 
 
 def _fields(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    kinds: dict[str, Callable[[Any], Any]] = {"losses": lambda row: [float(x) for x in row], "kernels": set}
     for name, number in numbers.items():
-        yield name, [float(x) for x in number] if name == "losses" else number
+        yield name, kinds[name](number) if name in kinds else number

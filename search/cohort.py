@@ -8,15 +8,16 @@ its own tensors alone; each lane clips and updates itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftscape.search.forward import Forward
 from peftscape.search.lane import HEAD, Lane
+from peftscape.search.losses import gradients, in_parts, mean_losses
 from peftscape.search.packing import Batch, LaneBatch, pack
 from peftscape.search.seq2seq import decoder_start, pack_pairs
 from peftscape.search.update import update
@@ -44,6 +45,8 @@ class Cohort:
         batch_size: examples of a lane in a step, the same for all lanes.
         cache: of hidden states; with it, lanes run from their lowest adapted layer on, and the last layer runs on
             for the tokens alone that the head reads.
+        passes: in which a step's examples run, one after the other; their gradients add up to those of one pass.
+        checkpointing: whether a layer keeps what enters it alone, and runs again in the backward.
     """
 
     def __init__(
@@ -55,11 +58,14 @@ class Cohort:
         batch_size: int,
         regression: bool = False,
         cache: StateCache | None = None,
+        passes: int = 1,
+        checkpointing: bool = False,
     ) -> None:
         self.backbone, self.head, self.train = backbone, head, train
         self.batch_size, self.regression = batch_size, regression
         self.lanes: list[Lane] = []
-        self.forward = Forward(backbone)
+        self.passes, self.cuts = passes, 1  # in how many parts each pass runs where it does not fit
+        self.forward = Forward(backbone, checkpointing=checkpointing)
         self.cache = None if backbone.sites.decoder_layers else cache  # it keeps what enters layers of one stack
 
     def admit(self, *lanes: Lane) -> None:
@@ -87,49 +93,23 @@ class Cohort:
     def _step(self) -> list[float]:
         started = time.perf_counter()
         examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
-        losses = self.losses(examples)
-        penalties = [term for lane in self.lanes if (term := lane.penalty()) is not None]
-        total = torch.stack([losses.sum(), *penalties]).sum()
-        if total.requires_grad:  # a design without a tensor to train, behind a frozen head, is only measured
-            total.backward()  # type: ignore[no-untyped-call]
-        values = update(self.lanes, losses)
+        values = update(self.lanes, self.gradients(examples))
         share = (time.perf_counter() - started) / len(self.lanes)
         for lane in self.lanes:
             lane.wall_s += share
         return values
 
+    def gradients(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+        """Add the gradients of a step on these examples to the lanes' tensors, in `passes`; the losses of the lanes."""
+        return gradients(self, examples, self.passes * self.cuts)
+
+    def parts(self, examples: Sequence[np.ndarray[Any, Any]]) -> Iterator[Tensor]:
+        """The sum of all lanes' losses, pass by pass, each with its graph."""
+        return (losses.sum() for losses in in_parts(self, examples, self.passes * self.cuts))
+
     def losses(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
         """The mean loss of each lane on training examples of its own; a language model's is the mean of all tokens."""
-        if self.train.scored is not None:
-            return self._token_losses(examples)
-        targets = torch.from_numpy(self.train.targets[np.stack(examples)]).to(self.backbone.device)
-        logits = self.logits(examples, self.train, training=True)
-        losses = self._losses(logits, targets)
-        weights = [lane.consistency for lane in self.lanes]
-        if not any(weights):
-            return losses
-        again = self.logits(examples, self.train, training=True, again=1)
-        both = (losses + self._losses(again, targets)) / 2
-        return both + losses.new_tensor(weights) * _divergence(logits, again)
-
-    def _token_losses(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
-        weights = [lane.consistency for lane in self.lanes]
-        if not any(weights):
-            sums = self.logits(examples, self.train, training=True).sum(dim=1)
-            return sums[:, 0] / sums[:, 1]
-        from peftscape.search.lm_head import LMHead
-
-        assert isinstance(self.head, LMHead)
-        passes = [self.passing(examples, self.train, True, i)() for i in (0, 1)]
-        sums = torch.cat([self.head.logits({}, states, batch) for states, batch, _ in passes], dim=1).sum(dim=1)
-        (one, batch, _), (other, *_) = passes
-        return sums[:, 0] / sums[:, 1] + sums.new_tensor(weights) * self.head.divergence(one, other, batch)
-
-    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.regression:
-            return (logits[..., 0] - targets).square().mean(dim=1)
-        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return flat.view_as(targets).mean(dim=1)
+        return mean_losses(self, examples)
 
     def logits(
         self,
@@ -165,7 +145,7 @@ class Cohort:
         """What runs the backbone: last hidden states, of which texts, and whether of the tokens alone that are read."""
         for lane in self.lanes:
             lane.unfold(training, again)
-        batch = self._packed(examples, split).to(self.backbone.device)
+        batch = self.packed(examples, split).to(self.backbone.device)
         start, given, read = 0, {}, None
         if self.cache is not None:
             start = min(map(self.cache.start, self.lanes))
@@ -174,7 +154,8 @@ class Cohort:
             read = self.head.reads(batch)
         return lambda: (self.forward.states(batch, start, given, read), batch, read is not None)
 
-    def _packed(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Batch:
+    def packed(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Batch:
+        """How these examples lie in one input, on the CPU."""
         sites, designs = self.backbone.sites, [lane.design for lane in self.lanes]
         if sites.decoder_layers:
             return pack_pairs(designs, examples, split, sites, decoder_start(self.backbone.config))
@@ -187,7 +168,8 @@ class Cohort:
     def predict(self, split: EncodedSplit, *lanes: Lane) -> np.ndarray[Any, Any]:
         """Logits on a whole split, lanes x examples x outputs: of these lanes, or of all in the order of `lanes`.
 
-        Where a split asks for texts, these: lanes x examples.
+        Where a split asks for texts, these: lanes x examples. Where words are labelled, lanes x examples of words x
+        outputs each.
         """
         everyone, chosen = self.lanes, lanes or tuple(self.lanes)
         found: dict[int, np.ndarray[Any, Any]] = {}
@@ -204,12 +186,17 @@ class Cohort:
         if split.asked is not None:
             from peftscape.search.generation import written
 
-            return written(self, split.asked, EVALUATION_TOKENS)
+            return written(self, split.asked, EVALUATION_TOKENS // self.cuts)
         order = np.argsort([len(ids) for ids in split.ids], kind="stable")
-        count = max(1, EVALUATION_ROWS // len(self.lanes))
+        count = max(1, EVALUATION_ROWS // self.cuts // len(self.lanes))
         if split.scored is not None:
-            count = max(1, min(count, EVALUATION_TOKENS // (int(split.lengths.max()) * len(self.lanes))))
+            tokens = EVALUATION_TOKENS // self.cuts
+            count = max(1, min(count, tokens // (int(split.lengths.max()) * len(self.lanes))))
         parts = [self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)]
+        if split.words is not None:
+            from peftscape.search.token_words import by_text
+
+            return by_text(parts, order, split.targets)
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().cpu().numpy()[:, back]
@@ -266,11 +253,3 @@ def by_start(lanes: Sequence[Lane], starts: Sequence[int], layers: int, tokens: 
         passes.insert(0, [lanes[i] for i in order[begin:end]])
         end = begin
     return passes
-
-
-def _divergence(one: Tensor, other: Tensor) -> Tensor:
-    """The symmetric KL divergence of two passes, a mean over examples; of single outputs their squared distance."""
-    if one.shape[-1] == 1:
-        return (one - other).square().mean(dim=(1, 2))
-    p, q = torch.log_softmax(one, dim=-1), torch.log_softmax(other, dim=-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean(dim=1) / 2

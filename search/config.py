@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftscape.search.task_config import TaskConfig, task_kind
+from peftscape.spaces.token_head import HeadKind
 
 if TYPE_CHECKING:
     from peftscape.spaces.sites import SiteMap
@@ -76,16 +77,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class S3DeltaSettings:
+    """The `[search.s3delta]` table; read where `sampler = "s3delta"`.
+
+    Args:
+        budgets: trained parameters of the structures that are looked for, the head left out: shares of the
+            backbone's, `"0.01%, 0.1%"`, or numbers.
+        seeds: super-nets of each budget.
+        examples: training examples of a super-net, half of them for its gates; twice a full training's where it is
+            not given.
+        temperature: of the gates that are drawn; the smaller, the nearer they are to 0 and 1.
+        alpha_lr: learning rate of the gates.
+    """
+
+    budgets: str = "0.01%, 0.03%, 0.1%"
+    seeds: int = _whole(1, least=1)
+    examples: int | None = _whole(None, least=1)
+    temperature: float = 1.0
+    alpha_lr: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """The `[search]` table.
 
     Args:
         objectives: a quality metric and one or more costs, `"accuracy:max,trainable:min"`. Left out of a
             file, it is the task's metric against trained parameters.
-        sampler: `tpe`, `nsga2`, `gp` or `random`.
+        sampler: `tpe`, `nsga2`, `gp`, `random`, or `s3delta`: places by gradients, what is left by `tpe`.
         examples: training examples of every trial at full length, the same for all.
         epochs: the same as passes over the training data; one of the two, 2 epochs where neither is given.
         lanes: most trials that train at once.
+        gradient_accumulation_steps: passes in which a lane's `batch_size` examples run, one after the other. The
+            update is that of one pass, in less memory.
+        gradient_checkpointing: whether layers keep their input alone, and run again in the backward.
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
         textbook: whether published designs start the search; they run to the end whatever they score on the way.
@@ -95,15 +120,18 @@ class SearchSettings:
         rung_rule: which go on: `like-cost`, `crowding`, `epsilon-net` or `quality` (`search.rung_rules`).
         brackets: of Hyperband; bracket b is first compared at its rung b + 1. 1: all are compared at the first.
         step_limit: the longest that a training step or an evaluation may take; what hangs is stopped then.
+        s3delta: how `sampler = "s3delta"` looks for structures.
     """
 
     objectives: str = "accuracy:max,trainable:min"
-    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "gp", "random", "s3delta"] = "tpe"
     seed: int = _whole(0, least=0, most=2**32 - 1)
     examples: int | None = _whole(None, least=1)
     epochs: float | None = _like("2")
     batch_size: int = _whole(32, least=1)
     lanes: int = _whole(8, least=1)
+    gradient_accumulation_steps: int = _whole(1, least=1)
+    gradient_checkpointing: bool = False
     seeds: int = _whole(1, least=1)
     retest_seeds: int = _whole(5, least=0)
     textbook: bool = True
@@ -112,6 +140,12 @@ class SearchSettings:
     rung_rule: Literal["like-cost", "crowding", "epsilon-net", "quality"] = "like-cost"
     brackets: int = _whole(1, least=1)
     step_limit: str = "15m"
+    s3delta: S3DeltaSettings = S3DeltaSettings()
+
+    @property
+    def pass_size(self) -> int:
+        """Examples of a lane that run at once, at most."""
+        return -(-self.batch_size // self.gradient_accumulation_steps)
 
     def full_length(self, rows: int) -> int:
         """Training examples of a full training on `rows` of them."""
@@ -153,6 +187,8 @@ class SearchConfig:
     budget: BudgetConfig = BudgetConfig(trials=DEFAULT_TRIALS)
 
     @property
-    def head(self) -> Literal["class", "mean", "lm"]:
-        """The head of the task: a language model's own where the task is one of language."""
+    def head(self) -> HeadKind:
+        """The head of the task: a language model's own where the task is one of language, of words where they count."""
+        if self.task.kind == "token_classification":
+            return "token"
         return "lm" if task_kind(self.task) in ("lm", "multiple_choice") else self.model.head

@@ -13,10 +13,12 @@ from peftscape.search.budget import parse_bytes, parse_duration
 from peftscape.search.embedded import EMBEDDED_MODELS, MissingPackageError
 from peftscape.search.metrics import METRICS
 from peftscape.search.rungs import rungs_of
+from peftscape.search.s3delta_space import budgets, space_errors
 from peftscape.search.task import check_task
 from peftscape.spaces.record import COSTS
 from peftscape.spaces.sites import SiteError, SiteMap, site_map
 from peftscape.spaces.space_file import read_space
+from peftscape.spaces.token_head import refusal
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:
@@ -54,7 +56,12 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
         errors.append("search.epochs: the length is given as search.examples already; give one of the two")
     if config.search.epochs is not None and not 0 < config.search.epochs < math.inf:
         errors.append(f"search.epochs: a number above 0 was expected, not {config.search.epochs!r}")
+    if config.search.gradient_accumulation_steps > config.search.batch_size:
+        least = f"at most search.batch_size, {config.search.batch_size}, was expected"
+        errors.append(f"search.gradient_accumulation_steps: {least}, not {config.search.gradient_accumulation_steps}")
     errors += _rungs(config.search)
+    if config.search.sampler == "s3delta" and not {"space", "search.sampler"} & broken:
+        errors += _s3delta(config, sites)
     errors += _duration("search.step_limit", config.search.step_limit)
     return errors + _budget(config.budget, bounded="budget" not in tables)
 
@@ -84,6 +91,8 @@ def _model(model: ModelConfig, head: str, errors: list[str]) -> SiteMap | None:
         return None
     if head == "lm" and not (sites.causal or sites.decoder_layers):
         errors.append(f"task.kind: {sites.family} is no decoder, and cannot predict its next token")
+    if head == "token" and sites.decoder_layers:
+        errors.append(f"task.kind: {refusal(sites)}")
     if head == "class" and sites.head is None:
         errors.append(f'model.head: transformers has no sequence classifier for {sites.family}; use head = "mean"')
     return sites
@@ -111,6 +120,26 @@ def _space(space: str | Mapping[str, Any], sites: SiteMap | None) -> list[str]:
     except InputError as error:
         return [f"space{': ' if line.startswith('no preset') else '.'}{line}" for line in error.errors]
     return []
+
+
+def _s3delta(config: SearchConfig, sites: SiteMap | None) -> list[str]:
+    settings = config.search.s3delta
+    errors = [
+        f"search.s3delta.{key}: a number above 0 was expected, not {value!r}"
+        for key in ("temperature", "alpha_lr")
+        if not 0 < (value := getattr(settings, key)) < math.inf
+    ]
+    sites = sites or site_map({"model_type": "bert"})
+    try:
+        budgets(settings.budgets, sites.parameters)
+    except ValueError as error:
+        errors.append(f"search.s3delta.budgets: {error}")
+    try:
+        space = read_space(config.space, sites)
+    except InputError:  # told elsewhere
+        return errors
+    found = [f"space.{line}" for line in space_errors(space)]
+    return errors + found + (['space: one that S3Delta can choose from is the preset "s3delta"'] if found else [])
 
 
 def _objectives(config: SearchConfig) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ Ids = NDArray[np.int64]
 NO_OPTION = -1e9
 
 # Tokenizers keep offsets and strings beside the ids (about 200 bytes a token) until a batch is converted.
-_BATCH_TEXTS = 1024
+BATCH_TEXTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ class EncodedSplit:
     `types` are token type ids, None where the tokenizer makes none. `lengths` counts tokens after cutting,
     `cut` the examples that were too long. `scored` marks the tokens that a language model has to predict, in any but
     the first place; with `choices` every sequence is one answer, and an example has several; with `owners` an example
-    is a part of a longer text, and that text's number. For an encoder-decoder
+    is a part of a longer text, and that text's number; with `words`, which mark the first token of each labelled word,
+    a target holds the labels of those words. For an encoder-decoder
     `sources` are what its encoder reads, where that is not what it writes. With `asked` the targets are texts.
     """
 
@@ -67,6 +69,7 @@ class EncodedSplit:
     owners: Ids | None = None
     sources: list[Ids] | None = None
     asked: Asked | None = None
+    words: list[NDArray[np.bool_]] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -97,11 +100,13 @@ def encode(task: Task, tokenizer: Any, max_length: int, *, pairs: bool = False) 
     """The task in tokens of a transformers tokenizer, at most `max_length` each, special tokens included.
 
     Texts are cut on the right; of a pair, the longer text first. Those of a language model: see `encode_language`,
-    and with `pairs`, for an encoder-decoder, `encode_pairs`.
+    and with `pairs`, for an encoder-decoder, `encode_pairs`; of texts whose words are labelled `encode_words`.
 
     Raises:
         TaskError: if `max_length` leaves no room for text, or an example has no token at all.
     """
+    if task.kind == "token_classification":
+        return _words_task(task, tokenizer, max_length)
     if task.language is not None:
         return _language_task(task, task.language, tokenizer, max_length, pairs)
     special = tokenizer.num_special_tokens_to_add(task.train.pairs is not None)
@@ -118,7 +123,14 @@ def encode(task: Task, tokenizer: Any, max_length: int, *, pairs: bool = False) 
     return EncodedTask(task, parts["train"], parts["validation"], parts["test"])
 
 
+def _words_task(task: Task, tokenizer: Any, max_length: int) -> EncodedTask:
+    from peftscape.search.token_encoding import encode_words
+
+    return EncodedTask(task, *(encode_words(split, tokenizer, max_length) for split in task.splits().values()))
+
+
 def _language_task(task: Task, language: Language, tokenizer: Any, max_length: int, pairs: bool) -> EncodedTask:
+    from peftscape.search.language_asked import encode_asked
     from peftscape.search.language_encoding import encode_choices, encode_language
     from peftscape.search.seq2seq_encoding import encode_pair_choices, encode_pairs
 
@@ -126,30 +138,11 @@ def _language_task(task: Task, language: Language, tokenizer: Any, max_length: i
         raise TaskError(task.name, [f"max_length: {max_length} leaves no token to predict"])
     learnt, ranked = (encode_pairs, encode_pair_choices) if pairs else (encode_language, encode_choices)
     held_out = ranked if language.form == "choices" else learnt
-    train = learnt(task.train, language, tokenizer, max_length)
-    if task.metric.kind == "generation":  # the prompt has to be told from what follows it
-        language = replace(language, loss_on="completion")
-    validation, test = (held_out(s, language, tokenizer, max_length) for s in (task.validation, task.test))
     if task.metric.kind == "generation":
-        validation, test = (
-            _asked(encoded, split, tokenizer) for encoded, split in ((validation, task.validation), (test, task.test))
-        )
+        held_out = partial(encode_asked, pairs=pairs)
+    train = learnt(task.train, language, tokenizer, max_length)
+    validation, test = (held_out(s, language, tokenizer, max_length) for s in (task.validation, task.test))
     return EncodedTask(task, train, validation, test)
-
-
-def _asked(encoded: EncodedSplit, split: Split, tokenizer: Any) -> EncodedSplit:
-    """The prompts of a split, and its completions to compare with; no answer gets longer than the longest of these."""
-    assert encoded.scored is not None
-    own = zip(encoded.ids, encoded.scored, strict=True)
-    prompts = encoded.sources or [ids[: int(mark.argmax())] for ids, mark in own]
-    most = max(int(mark.sum()) for mark in encoded.scored)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-    asked = Asked(prompts, most, frozenset({tokenizer.eos_token_id} - {None}), decode)
-    wanted = np.array([text.strip() for text in split.completions or ()], dtype=object)
-    return replace(encoded, targets=wanted, asked=asked)
 
 
 def encode_split(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:
@@ -157,8 +150,8 @@ def encode_split(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:
     ids: list[Ids] = []
     types: list[Ids] = []
     cut = 0
-    for start in range(0, len(split), _BATCH_TEXTS):
-        stop = start + _BATCH_TEXTS
+    for start in range(0, len(split), BATCH_TEXTS):
+        stop = start + BATCH_TEXTS
         texts = split.texts[start:stop]
         pairs = None if split.pairs is None else split.pairs[start:stop]
         # Whole first, for tokenizers do not say which texts they cut; then the long ones again.

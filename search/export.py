@@ -118,7 +118,7 @@ def _readme(card: Card, backbone: Backbone, note: str) -> str:
     """How to load the folder with HF peft."""
     auto = auto_class(card, backbone)
     labels = f"Labels by id: {', '.join(card.labels)}.\n\n" if card.labels else ""
-    outputs = f", num_labels={card.outputs}" if card.head == "class" else ""
+    outputs = f", num_labels={card.outputs}" if card.head in ("class", "token") else ""
     pad = ""
     if card.head == "class" and backbone.sites.head is not None and backbone.sites.head.pooling == "last":
         pad = (

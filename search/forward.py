@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peftscape.search.attention import Prefix
 from peftscape.search.groups import Group, Stage, stages
+from peftscape.search.last_layer import after_attention
+from peftscape.search.rerun import Around, drawn, rerun
 from peftscape.spaces.sites import EVERYWHERE
 
 if TYPE_CHECKING:
@@ -21,22 +24,15 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 
-class _Around(nn.Module):
-    """A module around the backbone, in whose call the backbone's weights can be others."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        return run()
-
-
 class Forward:
-    """The backbone with the changes of some lanes."""
+    """The backbone with the changes of some lanes.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    Args:
+        checkpointing: whether layers keep what enters them alone, and run again in the backward.
+    """
+
+    def __init__(self, backbone: Backbone, *, checkpointing: bool = False) -> None:
+        self.backbone, self.checkpointing = backbone, checkpointing
         self.lanes = 0
         self._stages: list[Stage] = []
         self._hooks: list[RemovableHandle] = []
@@ -44,6 +40,8 @@ class Forward:
         self._entered: dict[int, Tensor] = {}  # states by the number of layers that they have passed
         self.rungs: list[int] = []  # of all lanes' side networks
         self._read: Tensor | None = None
+        self._weights: dict[str, Tensor] = {}  # in the place of the backbone's
+        self._mixed: str | None = None  # where the last layer has mixed its tokens for the last time
         self._model = backbone.model
         self._source_paths = {site.path for site in backbone.sites.sites if site.reads_source}
         self._blocks = [site.path for site in backbone.sites.sites if site.kind == "block"]
@@ -56,40 +54,17 @@ class Forward:
             given: states by the number of layers that they have passed: those at `start`, and at the rungs below.
             read: flat numbers of the tokens that the head reads, as many of each lane.
         """
-        if read is not None and start < len(self._blocks) and (path := self._after_attention()):
-            return self._run_reading(batch, start, given, read, path)
+        if read is not None and start < len(self._blocks) and self._mixed:
+            self._read = read
+            try:
+                return self._run_from(batch, start, given)
+            finally:
+                self._read = None
         found = self._run_from(batch, start, given)
         return found if read is None else found[read]
 
-    def _after_attention(self) -> str | None:
-        """Where the last layer has mixed its tokens for the last time and what follows takes them one by one.
-
-        Known for post-norm layers like BERT's, whose attention.output adds the residual itself. None elsewhere, and
-        where a method looks at a whole text after it.
-        """
-        sites = self.backbone.sites
-        own = [s.path for s in sites.sites if s.kind == "o" and s.layer == sites.layers - 1]
-        if sites.norm_place != "post" or not own or not own[0].endswith("attention.output.dense"):
-            return None
-        if self.rungs:  # a side network reads all tokens
-            return None
-        for stage in self._stages:
-            late = stage.site.layer == sites.layers - 1 and stage.site.kind not in ("q", "k", "v", "kv")
-            if late and any(g.placement.gate or g.method.needs_text for g in stage.groups):
-                return None
-        return own[0].removesuffix(".dense")
-
-    def _run_reading(self, batch: Batch, start: int, given: Mapping[int, Tensor], read: Tensor, path: str) -> Tensor:
-        def only_read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(self._picked(x) for x in args)
-
-        hook = self._model.get_submodule(path).register_forward_pre_hook(only_read, prepend=True)
-        self._read = read
-        try:
-            return self._run_from(batch, start, given)
-        finally:
-            self._read = None
-            hook.remove()
+    def _only_read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self._read is None else tuple(self._picked(x) for x in args)
 
     def _picked(self, x: Tensor) -> Tensor:
         """lanes x tokens read x width."""
@@ -112,7 +87,7 @@ class Forward:
 
     def model_states(self, batch: Batch) -> Tensor:
         """The last hidden states of all tokens, flat, with all layers run that are not replaced."""
-        model, attending = self._model, self.backbone.attending
+        model = self._model
         inputs: dict[str, Any] = {}
         if batch.source is None:
             inputs["position_ids"] = batch.positions
@@ -124,22 +99,58 @@ class Forward:
             inputs["attention_mask"] = batch.mask if batch.source is None else batch.source.mask
         if self.backbone.sites.causal or batch.source is not None:
             inputs["use_cache"] = False
-        prompts, first = self._groups("input"), batch.source or batch
-        if prompts:
-            inputs["inputs_embeds"] = self._with_prompts(prompts, first)
+            if batch.past is not None:
+                inputs |= batch.past.inputs(batch)
+        first = batch.source or batch
+        if any(places is not None for places in first.prompts):
+            inputs["inputs_embeds"] = self._with_prompts(self._groups("input"), first)
         else:
             inputs["input_ids"] = first.ids
-        attending.batch, attending.prefixes = batch, self._prefixes(batch)
-        placed = self._place_target(batch)
+        prefixes, placed = self._prefixes(batch), self._place_target(batch)
         try:
-            states = self._climbed(model(**inputs).last_hidden_state, batch)
+            with self._rerun(batch, prefixes), self._reading(batch, prefixes, self._read):
+                states = self._climbed(model(**inputs).last_hidden_state, batch)
         finally:
-            attending.batch, attending.prefixes = None, {}
             if placed is not None:
                 placed.remove()
-            self._inputs.clear()
             self._entered.clear()
         return states.reshape(-1, states.shape[-1])
+
+    @contextmanager
+    def _reading(self, batch: Batch, prefixes: dict[str, list[Prefix]], read: Tensor | None) -> Iterator[None]:
+        """Within, hooks and attention see these texts."""
+        attending, before = self.backbone.attending, self._read
+        attending.batch, attending.prefixes, self._read = batch, prefixes, read
+        try:
+            yield
+        finally:
+            attending.batch, attending.prefixes, self._read = None, {}, before
+            self._inputs.clear()
+
+    def _rerun(self, batch: Batch, prefixes: dict[str, list[Prefix]]) -> AbstractContextManager[None]:
+        """Within, layers that run keep what enters them alone; when one runs again it finds all as it is now."""
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return nullcontext()
+        read = self._read
+        groups = [group for stage in self._stages for group in stage.groups if group.placement.expands]
+        seen = [(row, dict(row)) for group in groups for row in group.members]
+
+        @contextmanager
+        def once() -> Iterator[None]:
+            try:
+                yield
+            finally:
+                self._inputs.clear()  # what a method read in a layer would be kept until the pass ends
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self._reading(batch, prefixes, read), drawn(seen):
+                yield
+
+        layers = {path: self._model.get_submodule(path) for path in self._blocks}
+        layers = {path: layer for path, layer in layers.items() if "forward" not in vars(layer)}  # not skipped
+        draws = self._model is not self.backbone.model
+        return rerun(layers, once, again, self._weights, draws=draws)
 
     def _place_target(self, batch: Batch) -> RemovableHandle | None:
         """Where an encoder-decoder learns positions: the target's own, moved behind its lane's prefix."""
@@ -178,7 +189,11 @@ class Forward:
         for name, weight in self.backbone.model.named_parameters():
             weights[f"model.{name}"] = weight + delta[start : start + weight.numel()].view(weight.shape)
             start += weight.numel()
-        out: Tensor = torch.func.functional_call(_Around(self.backbone.model), weights, (run,))
+        self._weights = weights
+        try:
+            out: Tensor = torch.func.functional_call(Around(self.backbone.model), weights, (run,))
+        finally:
+            self._weights = {}
         return out
 
     def _with_prompts(self, groups: list[Group], batch: Batch) -> Tensor:
@@ -256,6 +271,10 @@ class Forward:
             else:
                 hook = module.register_forward_hook(self._keep_passed(n))
             self._hooks.append(hook)
+        self._mixed = after_attention(self._stages, self.backbone.sites) if lanes else None
+        if self._mixed is not None:
+            module = self._model.get_submodule(self._mixed)
+            self._hooks.append(module.register_forward_pre_hook(self._only_read, prepend=True))
 
     def _module(self, path: str) -> nn.Module:
         return self.backbone.model.get_submodule(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftscape.spaces.compositions import gated
 from peftscape.spaces.methods.base import Lanes, Method
+from peftscape.spaces.ops.addresses import upload
 from peftscape.spaces.ops.choose import noting
 
 if TYPE_CHECKING:
@@ -73,12 +74,15 @@ class Group:
         return gated(x, p.gate, p.gate_bias, self.text(batch))
 
     def text(self, batch: Batch) -> Text:
-        return batch.layout.lanes(self.first, self.count)
+        text = batch.layout.lanes(self.first, self.count)
+        return text if batch.past is None else replace(text, past=batch.past.of(self))
 
     def _composed(self, p: Lanes, x: Tensor, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
         if self.placement.gate:
             text = self.text(batch)
             after = before + text.spread(gated(x, p.gate, p.gate_bias, text)) * (after - before)
+        if self.placement.weighed:
+            after = before + p.strength.unsqueeze(1) * (after - before)
         return torch.where(p.keep.unsqueeze(1) > 0, after, before) if self.placement.drop else after
 
 
@@ -145,7 +149,8 @@ def _runs(members: list[Member], site: Site) -> list[list[Member]]:
 
     def kind(member: Member) -> tuple[Any, ...]:
         placement = member[1]
-        return (placement.method.name, placement.gate, placement.drop > 0, placement.method.group_key(site))
+        composed = (placement.gate, placement.drop > 0, placement.weighed)
+        return (placement.method.name, *composed, placement.method.group_key(site))
 
     runs: list[list[Member]] = []
     for member in members:
@@ -172,7 +177,7 @@ def _group(members: list[Member], site: Site, backbone: Backbone) -> Group:
 def _numbers(members: Sequence[Method], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     knobs = [m.knobs() for m in members]
     return {
-        name: torch.tensor([float(k[name]) for k in knobs], dtype=dtype, device=device).view(-1, 1, 1)
+        name: upload([float(k[name]) for k in knobs], dtype, device).view(-1, 1, 1)
         for name, value in knobs[0].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

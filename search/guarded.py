@@ -1,7 +1,8 @@
 """A cohort that survives what machines do: too little memory, steps that hang, signals.
 
-Out of memory, the lanes run in halves from then on; a lane that does not fit alone fails, and says so. Work that
-takes longer than its limit is stopped and its lanes run one by one, so that only the one that hangs fails.
+Out of memory, the lanes run in halves from then on; where one does not fit alone its examples do, down to single ones,
+before it fails and says so. Work that takes longer than its limit is stopped and its lanes run one by one, so that only
+the one that hangs fails.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftscape.search.cohort import Cohort
+from peftscape.search.cohort import EVALUATION_ROWS, Cohort
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.prepare import prepare
 from peftscape.search.stopping import HangError, Stop
@@ -48,6 +49,7 @@ class Memory:
         weights: bytes of the frozen weights.
         alone: peak bytes of a design that trains alone, by the plan.
         correction: measured over planned bytes.
+        cuts: of designs that do not fit alone, in how many parts a pass runs, by what it is for and digest.
     """
 
     width: int | None = None
@@ -56,6 +58,7 @@ class Memory:
     alone: Callable[[Design], int] = lambda _: 0
     correction: float = 1.0
     known: dict[str, int] = field(default_factory=dict)
+    cuts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def parts(self, designs: Sequence[Design]) -> list[range]:
         """Lanes of these designs, in their order, in as few parts as fit."""
@@ -72,6 +75,22 @@ class Memory:
         if design.digest not in self.known:
             self.known[design.digest] = self.alone(design)
         return self.known[design.digest]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done with lanes, in parts.
+
+    Args:
+        name: `step` or `predict`.
+        most: into how many parts a lone lane's pass can be cut.
+        open: whether it is still to be done on a lane.
+    """
+
+    name: str
+    most: int
+    do: Callable[[Sequence[Lane]], None]
+    open: Callable[[Lane], bool]
 
 
 class Guarded(Cohort):
@@ -124,6 +143,10 @@ class Guarded(Cohort):
             return
         everyone = list(self.lanes)
         failure = self._tried([lane], lambda part: prepare(lane, self))
+        while failure is not None and failure.kind == "out of memory" and 2 * self.cuts <= self._most_cuts:
+            self.cuts *= 2
+            failure = self._tried([lane], lambda part: prepare(lane, self))
+        self.cuts = 1
         if [id(other) for other in everyone] != [id(other) for other in self.lanes]:
             self._arrange(everyone)
         if failure is not None:
@@ -144,7 +167,7 @@ class Guarded(Cohort):
                 losses.update(zip(map(id, self.lanes), super(Guarded, self).step(), strict=True))
 
         try:
-            self._each(everyone, train, lambda lane: lane.failure is None and lane.step == before[id(lane)])
+            self._each(_Work("step", self._most_cuts, train, lambda lane: lane.step == before[id(lane)]), everyone)
         except KeyboardInterrupt:
             self.save()
             raise
@@ -165,9 +188,9 @@ class Guarded(Cohort):
         def evaluate(part: Sequence[Lane]) -> None:
             found.update(zip(map(id, part), super(Guarded, self).predict(split, *part), strict=True))
 
-        self._each(chosen, evaluate, lambda lane: lane.failure is None and id(lane) not in found)
+        self._each(_Work("predict", EVALUATION_ROWS, evaluate, lambda lane: id(lane) not in found), chosen)
         nothing: np.ndarray[Any, Any] = np.full((len(split), self.head.outputs), np.nan, dtype=np.float32)
-        if split.asked is not None:
+        if split.asked is not None or split.words is not None:
             nothing = np.full(len(split), None, dtype=object)
         return np.stack([found.get(id(lane), nothing) for lane in chosen])
 
@@ -211,14 +234,16 @@ class Guarded(Cohort):
                 self._begun[id(lane)] = lane
                 self._saved[id(lane)] = lane.wall_s
 
-    def _each(self, lanes: list[Lane], work: Callable[[Sequence[Lane]], None], open_: Callable[[Lane], bool]) -> None:
-        """Do the work on all lanes in as few parts as fit; `open_` says whether it is still to be done on a lane."""
+    def _each(self, work: _Work, lanes: list[Lane]) -> None:
+        """Do the work on all lanes in as few parts as fit; those whose own pass has to be cut go by themselves."""
         everyone, size = list(self.lanes), self.memory.width or len(lanes)
-        planned = [lanes[part.start : part.stop] for part in self.memory.parts([lane.design for lane in lanes])]
+        whole = [lane for lane in lanes if self._cuts(work, lane) == 1]
+        planned = [whole[part.start : part.stop] for part in self.memory.parts([lane.design for lane in whole])]
         parts = [part[i : i + size] for part in planned for i in range(0, len(part), size)]
+        parts += [[lane] for lane in lanes if self._cuts(work, lane) > 1]
         try:
             while parts:
-                part = [lane for lane in parts.pop(0) if open_(lane)]
+                part = [lane for lane in parts.pop(0) if lane.failure is None and work.open(lane)]
                 if not part:
                     continue
                 if self.memory.width is not None and len(part) > self.memory.width:  # learnt since the parts were made
@@ -226,9 +251,11 @@ class Guarded(Cohort):
                     continue
                 if [id(lane) for lane in part] != [id(lane) for lane in self.lanes]:
                     self._arrange(part)
-                if failure := self._tried(part, work):
-                    parts = [*self._smaller(part, failure), *parts]
+                self.cuts = max(self._cuts(work, lane) for lane in part)
+                if failure := self._tried(part, work.do):
+                    parts = [*self._smaller(part, failure, work), *parts]
         finally:
+            self.cuts = 1
             if [id(lane) for lane in everyone] != [id(lane) for lane in self.lanes]:
                 self._arrange(everyone)
 
@@ -259,17 +286,30 @@ class Guarded(Cohort):
             return Failure(kind="out of memory", message=first_line(error))
         return None
 
-    def _smaller(self, part: list[Lane], failure: Failure) -> list[list[Lane]]:
-        """The parts to try next; a lane that was alone has failed."""
+    @property
+    def _most_cuts(self) -> int:
+        """Into how many parts a training pass can be cut."""
+        return max(1, self.batch_size // self.passes)
+
+    def _cuts(self, work: _Work, lane: Lane) -> int:
+        return self.memory.cuts.get((work.name, lane.design.digest), 1)
+
+    def _smaller(self, part: list[Lane], failure: Failure, work: _Work) -> list[list[Lane]]:
+        """The parts to try next; a lane that was alone and cannot be cut further has failed."""
         for lane in part:  # what the failed pass left
             lane.optimizer.zero_grad()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
+        broken = [lane for lane in part if lane.step != len(lane.losses)]  # interrupted in their update
+        alone = len(part) == 1 and not broken
+        if failure.kind == "out of memory" and alone and 2 * self.cuts <= work.most:
+            self.memory.cuts[work.name, part[0].design.digest] = 2 * self.cuts
+            self.memory.width = None  # it was this lane that did not fit
+            return [part]
         half = -(-len(part) // 2) if failure.kind == "out of memory" else 1
         if len(part) > 1 and failure.kind == "out of memory":
             self.memory.width = min(self.memory.width or half, half)
-        broken = [lane for lane in part if len(part) == 1 or lane.step != len(lane.losses)]
-        for lane in broken:
+        for lane in part if alone else broken:
             lane.failure = Failure(kind=failure.kind, message=failure.message, step=lane.step)
             self.memory.width = None  # it was this lane that did not fit
         whole = [lane for lane in part if lane.failure is None]

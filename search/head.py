@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.adapter_folder import Card
     from peftscape.search.backbone import Backbone
     from peftscape.search.packing import Batch
-
-HeadKind = Literal["class", "mean", "lm"]
 
 
 class _Given(nn.Module):
@@ -111,13 +110,15 @@ class Head:
 
 def auto_class(card: Card, backbone: Backbone) -> str:
     """Which of transformers' classes has the head of an adapter."""
+    if card.head == "token":
+        return "AutoModelForTokenClassification"
     if card.head != "lm":
         return "AutoModelForSequenceClassification"
     return "AutoModelForSeq2SeqLM" if backbone.sites.decoder_layers else "AutoModelForCausalLM"
 
 
 def make_head(backbone: Backbone, *, kind: HeadKind, outputs: int) -> Head:
-    """The head of a task: a trained one, or the language model's own.
+    """The head of a task: a trained one, of texts or of their words, or the language model's own.
 
     Raises:
         InputError: the backbone has no such head.
@@ -126,6 +127,10 @@ def make_head(backbone: Backbone, *, kind: HeadKind, outputs: int) -> Head:
         from peftscape.search.lm_head import LMHead
 
         return LMHead(backbone, outputs=outputs)
+    if kind == "token":
+        from peftscape.search.token_head import TokenHead
+
+        return TokenHead(backbone, outputs=outputs)
     return Head(backbone, kind=kind, outputs=outputs)
 
 

@@ -19,7 +19,7 @@ LIBRARIES = ("peftscape", "torch", "transformers", "optuna")
 
 def identity(session: Session, space: Space) -> dict[str, Any]:
     """Plain values, equal for sessions whose results may stand side by side."""
-    model = describe(session.backbone, session.config.model.head)
+    model = describe(session.backbone, session.config.head)
     task = session.task.describe()
     return {
         "model": {"weights": model["weights"], "config": model["config"], "dtype": model["dtype"]},

@@ -85,22 +85,27 @@ class Lane:
 
     def examples(self, count: int, size: int) -> np.ndarray[Any, Any]:
         """The training examples of the present step: an endless stream of permutations, by the lane's seed alone."""
-        first = self.step * count
-        wanted = np.arange(first, first + count)
-        epochs = range(first // size, (first + count - 1) // size + 1)
-        orders = {e: np.random.default_rng((self.seed, e)).permutation(size) for e in epochs}
-        return np.array([orders[i // size][i % size] for i in wanted.tolist()])
+        return stream(self.seed, self.step * count, count, size)
 
     def update(self) -> None:
         """Clip the lane's gradient and take an AdamW step; a gradient that is not finite stops the lane instead."""
+        norm = self.gradient_norm()
+        self.move(norm, finite=bool(torch.isfinite(norm)))
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the lane's gradient, from which goes what its masks hide."""
         for key, mask in self.masks.items():
             grad = self.params[key].grad
             if grad is not None:
                 grad.mul_(mask)
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.design.training.clip)
-        if not bool(torch.isfinite(norm)):
+        return torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+
+    def move(self, norm: Tensor, *, finite: bool) -> None:
+        """Take the step of `update` with a gradient of this norm."""
+        if not finite:
             self.failure = Failure(kind="not finite", message="the gradient is not finite", step=self.step)
         else:
+            torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.design.training.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate() * group["multiple"]
             self.optimizer.step()
@@ -224,6 +229,9 @@ def adopt(
     """Give a lane a model of its own around the shared weights, with the tuner's tensors as the lane's."""
     shared = {id(p): p for p in (*backbone.model.parameters(), *backbone.model.buffers())}
     model = copy.deepcopy(backbone.model, shared | {id(backbone.attending): backbone.attending})
+    for module in model.modules():  # those of lanes that train just now were copied too
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     with torch.random.fork_rng():
         torch.manual_seed(lane.seed)
         added = inject(method, model, sites)
@@ -242,6 +250,14 @@ def declared_tensors(design: Design, backbone: Backbone) -> Iterator[tuple[str, 
     for i, placement in enumerate(design.placements):
         for key, _, _, declared in placement.tensors(backbone.sites):
             yield f"{i}/{key}", placement, declared
+
+
+def stream(seed: int, first: int, count: int, size: int) -> np.ndarray[Any, Any]:
+    """`count` numbers from place `first` on of an endless stream of permutations of `size`."""
+    wanted = np.arange(first, first + count)
+    epochs = range(first // size, (first + count - 1) // size + 1)
+    orders = {e: np.random.default_rng((seed, e)).permutation(size) for e in epochs}
+    return np.array([orders[i // size][i % size] for i in wanted.tolist()])
 
 
 def generator(seed: int, key: str) -> torch.Generator:

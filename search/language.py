@@ -75,8 +75,8 @@ def said(language: Language, split: Split, tokenizer: Any) -> tuple[list[str], l
     if language.form == "text":
         return split.texts, None
     if language.form == "chat":
-        rendered = [_chat(json.loads(chat), tokenizer, i) for i, chat in enumerate(split.texts)]
-        texts, spans = [text for text, _ in rendered], [spans for _, spans in rendered]
+        chats = [_chat(json.loads(chat), tokenizer, i) for i, chat in enumerate(split.texts)]
+        texts, spans = [text for text, _ in chats], [spans for _, spans in chats]
     else:
         prompts, ends = split.texts, split.completions or []
         if language.form == "choices":
@@ -93,18 +93,27 @@ def prompts_of(language: Language, split: Split) -> list[str]:
     return [language.prompt(text, pair) for text, pair in zip(split.texts, pairs, strict=True)]
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any, row: int) -> tuple[str, Spans]:
-    """A chat by the tokenizer's template, and what the assistant says in it, the mark of its end included."""
+def rendered(messages: list[dict[str, str]], tokenizer: Any, *, answer: bool = False) -> str:
+    """A chat by the tokenizer's template; with `answer` up to where the assistant begins to speak.
+
+    Raises:
+        InputError: the tokenizer has no template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("task.messages", ["the tokenizer has no chat template; give prompt and completion instead"])
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any, row: int) -> tuple[str, Spans]:
+    """A chat by the tokenizer's template, and what the assistant says in it, the mark of its end included."""
+    text = rendered(messages, tokenizer)
     spans: Spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before, until = rendered(messages[:i], tokenizer, answer=True), rendered(messages[: i + 1], tokenizer)
             if not until.startswith(before) or not text.startswith(until):
                 why = "the template writes earlier messages anew, so that the assistant's words cannot be told"
                 raise InputError("task.messages", [f"row {row + 1}: {why}"])
-            spans.append((len(before), len(until)))
+            # A blank behind the mark may be the beginning of the next turn's first token.
+            spans.append((len(before), max(len(before), len(until.rstrip()))))
     return text, spans

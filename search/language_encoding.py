@@ -24,7 +24,8 @@ def encode_language(split: Split, language: Language, tokenizer: Any, max_length
 
     Longer plain texts go on in a further example, and those of a single token are left out. Of a prompt whose
     completion counts the beginning is left out, and what the completion has beyond the length; of chats, and of prompts
-    that count themselves, their end. A completion ends with the tokenizer's end token.
+    that count themselves, their end. Of a chat whose first answer lies beyond the length that answer stays, with what
+    stands just before it. A completion ends with the tokenizer's end token.
 
     Raises:
         TaskError: an example has no token to predict.
@@ -41,9 +42,27 @@ def encode_language(split: Split, language: Language, tokenizer: Any, max_length
         owners = np.repeat(np.arange(len(rows)), [len(b) for b in blocks])
         rows, cut = [block for some in blocks for block in some], 0
     else:
-        rows, cut = [_shortened(row, max_length, tokenizer, head=language.form == "chat") for row in rows], long
+        shortened = _shortened_chat if language.form == "chat" else _shortened
+        rows, cut = [shortened(row, max_length, tokenizer) for row in rows], long
     targets = split.targets if language.form != "text" else np.zeros(len(rows), dtype=np.float32)
     return _split(rows, targets, cut, owners=owners)
+
+
+def encode_answers(split: Split, tokenizer: Any, max_length: int) -> EncodedSplit:
+    """The completions behind their prompts, which have the special tokens in them and are tokens by themselves.
+
+    Raises:
+        TaskError: an example has no token to predict.
+    """
+    read, written = (_marked(tokenizer, t, None, special=False) for t in (split.texts, split.completions or []))
+    rows = [
+        (np.append(a, b), np.repeat([False, True], [len(a), len(b)]))
+        for (a, _), (b, _) in zip(read, written, strict=True)
+    ]
+    if tokenizer.eos_token_id is not None:
+        rows = [_ended(row, tokenizer.eos_token_id) for row in rows]
+    cut = sum(len(ids) > max_length for ids, _ in rows)
+    return _split([_shortened(row, max_length, tokenizer) for row in rows], split.targets, cut)
 
 
 def encode_choices(split: Split, language: Language, tokenizer: Any, max_length: int) -> EncodedSplit:
@@ -61,7 +80,7 @@ def encode_choices(split: Split, language: Language, tokenizer: Any, max_length:
             scale.append(len(answer.strip().encode()) if language.normalise else 1)
     rows = _marked(tokenizer, texts, spans, special=True)
     cut = len({i for i, (ids, _) in zip(example, rows, strict=True) if len(ids) > max_length})
-    rows = [_shortened(row, max_length, tokenizer, head=False) for row in rows]
+    rows = [_shortened(row, max_length, tokenizer) for row in rows]
     choices = Choices(np.array(example), np.array(column), np.array(scale, dtype=np.float64))
     return _split(rows, split.targets, cut, choices)
 
@@ -126,15 +145,23 @@ def _blocks(row: Marked, length: int) -> list[Marked]:
     return [p for p in pieces if len(p[0]) > 1]
 
 
-def _shortened(row: Marked, length: int, tokenizer: Any, *, head: bool) -> Marked:
-    """At most `length` tokens: the first ones, or a start token, the prompt's last ones, and the completion's first."""
+def _shortened(row: Marked, length: int, tokenizer: Any) -> Marked:
+    """At most `length` tokens: a start token, the prompt's last ones, and the completion's first."""
     ids, mark = row
     if len(ids) <= length:
         return row
-    if head:
-        return ids[:length], mark[:length]
     prompt = int(mark.argmax())
     start = int(prompt > 0 and ids[0] == tokenizer.bos_token_id)
     completion = min(len(ids) - prompt, length - start - int(prompt > start))
     kept = np.r_[0:start, prompt - (length - start - completion) : prompt + completion]
     return ids[kept], mark[kept]
+
+
+def _shortened_chat(row: Marked, length: int, tokenizer: Any) -> Marked:
+    """At most `length` tokens: the first ones, if some of the first answer is among them; else that answer's."""
+    ids, mark = row
+    if len(ids) <= length or mark[1:length].any():
+        return ids[:length], mark[:length]
+    first = int(mark.argmax())
+    end = first + int(np.append(mark[first:], False).argmin())
+    return _shortened((ids[:end], mark[:end]), length, tokenizer)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftscape.search.encoding import NO_OPTION, EncodedSplit
+from peftscape.search.language import rendered
+from peftscape.search.language_asked import answer_ends
 from peftscape.search.language_encoding import encode_choices, encode_language
 from peftscape.search.language_examples import is_chat, parsed
 from peftscape.search.seq2seq_encoding import encode_pair_choices, encode_pairs
@@ -98,7 +100,7 @@ def continued(adapter: Adapter, language: Language, prompts: Sequence[str], most
     tokenizer = adapter.tokenizer()
     chat = language.form == "chat"
     texts = [
-        tokenizer.apply_chat_template(_messages(p), tokenize=False, add_generation_prompt=True)
+        rendered(_messages(p), tokenizer, answer=True)
         if chat
         else language.prompt(p, None)
         if language.form == "choices"
@@ -116,7 +118,7 @@ def continued(adapter: Adapter, language: Language, prompts: Sequence[str], most
     split = EncodedSplit(ids, None, nothing, 0, np.array([len(row) for row in ids]))
     cohort = Cohort(adapter.backbone, adapter.head, split, batch_size=batch_size)
     cohort.admit(adapter.lane())
-    ends = frozenset({tokenizer.eos_token_id} - {None})
+    ends = answer_ends(tokenizer, chat=chat)
     found: list[str] = []
     try:
         for start in range(0, len(ids), batch_size):

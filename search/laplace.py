@@ -108,6 +108,8 @@ def expected_calibration_error(probabilities: Floats, truth: NDArray[Any], bins:
 def _check(adapter: Adapter) -> None:
     if adapter.language is not None:
         raise InputError("laplace", ["an adapter with a trained classifier was expected, not a language model"])
+    if adapter.card.head == "token":
+        raise InputError("laplace", ["one label a text was expected, not one a word"])
     if adapter.card.outputs < 2:
         raise InputError("laplace", ["classes were expected; a regression has no probabilities"])
     if all(key.startswith(f"{HEAD}/") for key in adapter.lane().params):

@@ -7,6 +7,7 @@ are drawn with the lane.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.cohort import Cohort
     from peftscape.search.lane import Lane
+    from peftscape.search.losses import Examples
 
 #: Rounds in which SynFlow prunes, exponentially, as its authors do.
 ROUNDS = 100
@@ -53,9 +55,9 @@ def draw_masks(lane: Lane, cohort: Cohort) -> None:
         cohort.retire(*others)
         cohort.admit(probe)
         try:
+            rows = [probe.examples(cohort.batch_size, len(cohort.train.ids))]
             with without_kernels():  # GraSP's Hessian takes second derivatives
-                loss = cohort.losses([probe.examples(cohort.batch_size, len(cohort.train.ids))]).sum()
-            masks |= _snip(probe, loss, wanted["snip"]) | _grasp(probe, loss, wanted["grasp"])
+                masks |= _snip(probe, cohort, rows, wanted["snip"]) | _grasp(probe, cohort, rows, wanted["grasp"])
         finally:
             cohort.retire(probe)
             cohort.admit(*others)
@@ -67,15 +69,17 @@ def draw_masks(lane: Lane, cohort: Cohort) -> None:
             lane.params[key].copy_(fresh.params[key] * lane.masks[key])
 
 
-def _snip(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
+def _snip(lane: Lane, cohort: Cohort, rows: Sequence[Examples], kept: dict[str, int]) -> dict[str, Tensor]:
     """The largest |gradient * value|: how much the loss changes when a connection goes (arXiv:1810.02340, eq. 4)."""
     values = [lane.params[key] for key in kept]
-    gradients = torch.autograd.grad(loss, values, retain_graph=True) if values else ()
+    if not values:
+        return {}
+    gradients = _summed(torch.autograd.grad(loss, values) for loss in cohort.parts(rows))
     scores = [(g * v.detach()).abs() for g, v in zip(gradients, values, strict=True)]
     return {key: top(score, count) for (key, count), score in zip(kept.items(), scores, strict=True)}
 
 
-def _grasp(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
+def _grasp(lane: Lane, cohort: Cohort, rows: Sequence[Examples], kept: dict[str, int]) -> dict[str, Tensor]:
     """The lowest -value * (H g), whose removal would cost gradient norm (arXiv:2002.07376, eq. 8).
 
     H is the loss's Hessian, g its gradient, in all the tensors that are scored. Those go whose removal costs the least.
@@ -83,11 +87,23 @@ def _grasp(lane: Lane, loss: Tensor, kept: dict[str, int]) -> dict[str, Tensor]:
     values = [lane.params[key] for key in kept]
     if not values:
         return {}
-    gradients = torch.autograd.grad(loss, values, create_graph=True)
-    half_norm = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
-    products = torch.autograd.grad(half_norm, values)
+
+    def product(loss: Tensor) -> tuple[Tensor, ...]:
+        own = torch.autograd.grad(loss, values, create_graph=True)
+        return torch.autograd.grad(torch.stack([(w * g).sum() for w, g in zip(whole, own, strict=True)]).sum(), values)
+
+    whole = _summed(torch.autograd.grad(loss, values) for loss in cohort.parts(rows))
+    products = _summed(product(loss) for loss in cohort.parts(rows))
     scores = [v.detach() * hg for v, hg in zip(values, products, strict=True)]
     return {key: top(score, count) for (key, count), score in zip(kept.items(), scores, strict=True)}
+
+
+def _summed(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The sums of tensors that come in parts, of which one is there at a time."""
+    total: list[Tensor] = []
+    for part in parts:
+        total = [t + p for t, p in zip(total, part, strict=True)] if total else list(part)
+    return total
 
 
 def _synflow(lane: Lane, backbone: Backbone, kept: dict[str, int]) -> dict[str, Tensor]:

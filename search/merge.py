@@ -128,8 +128,9 @@ def _name(model: nn.Module, words: nn.Module) -> str:
 
 
 def export_merged(adapter: Adapter, directory: str | Path) -> Path:
-    """Write a whole transformers model, the adapter folded in: `AutoModelForSequenceClassification` reads it, or of a
-    language model `AutoModelForCausalLM` (`AutoModelForSeq2SeqLM`).
+    """Write a whole transformers model, the adapter folded in: `AutoModelForSequenceClassification` reads it, of
+    labelled words `AutoModelForTokenClassification`, of a language model `AutoModelForCausalLM`
+    (`AutoModelForSeq2SeqLM`).
 
     Raises:
         InputError: a placement does not fold in, the head is none of transformers', or the folder is the backbone's.
@@ -141,11 +142,11 @@ def export_merged(adapter: Adapter, directory: str | Path) -> Path:
         raise InputError(str(directory), ["the backbone's own folder, which is never written; name another"])
     if adapter.card.head == "mean":
         head = adapter.card.head
-        raise InputError("merge", [f'head = "{head}": only a sequence classifier (head = "class") is written whole'])
+        raise InputError("merge", [f'head = "{head}": only a head of transformers (head = "class") is written whole'])
     changed = merged_weights(adapter.lane(), adapter.backbone)
     config = type(adapter.backbone.config).from_dict(adapter.backbone.config.to_dict())
     config._attn_implementation = "eager"
-    if adapter.card.head == "class":
+    if adapter.card.head in ("class", "token"):
         config.num_labels = adapter.card.outputs
         if adapter.labels:
             config.id2label = dict(enumerate(adapter.labels))

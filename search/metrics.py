@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftscape.search.generation_metrics import generated_score, generated_scores
+from peftscape.search.token_metrics import words_score, words_scores
 from peftscape.spaces.words import nearest
 
-Kind = Literal["classification", "regression", "lm", "generation"]
+Kind = Literal["classification", "regression", "lm", "generation", "token_classification"]
 Direction = Literal["maximize", "minimize"]
 Floats = NDArray[np.float64]
 
@@ -24,13 +25,15 @@ Floats = NDArray[np.float64]
 class Metric:
     """A named score; `direction` is in Optuna's words, so that it can be handed to a study.
 
-    `binary` says that the metric is defined for two classes only, class 1 being the positive one.
+    `binary` says that the metric is defined for two classes only, class 1 being the positive one. `labels` are names by
+    id, which metrics of labelled words read.
     """
 
     name: str
     direction: Direction
     kind: Kind
     binary: bool = False
+    labels: tuple[str, ...] = ()
 
     def score(self, logits: NDArray[Any], targets: NDArray[Any]) -> float:
         """The score of all examples, in the metric's own units (accuracy: 0 to 1, not percent).
@@ -41,9 +44,9 @@ class Metric:
         Args:
             logits: examples x classes; for regression examples, or examples x 1; for language modelling examples x 2,
                 the negative log-likelihood of each example's tokens in nats, and how many these are; for generation
-                the texts that were written, None where there is none.
+                the texts that were written, None where there is none; for labelled words of each text words x labels.
             targets: class ids, or numbers; language modelling has none, and takes anything of their shape; for
-                generation the texts that were wanted.
+                generation the texts that were wanted; for labelled words of each text their class ids.
 
         Raises:
             ValueError: if shapes differ, there are no examples, or a target is no class of the logits.
@@ -51,6 +54,8 @@ class Metric:
         if self.kind == "generation":
             said, wanted = _texts(self.name, logits, targets)
             return float("nan") if None in said else generated_score(self.name, said, wanted)
+        if self.kind == "token_classification":
+            return words_score(self.name, self.labels, list(logits), list(targets))
         outputs, truth = self._checked(logits, targets)
         if not np.isfinite(outputs).all():
             return float("nan")
@@ -64,6 +69,8 @@ class Metric:
         if self.kind == "generation":
             said, wanted = _texts(self.name, logits, targets)
             return generated_scores(self.name, said, wanted)
+        if self.kind == "token_classification":
+            return words_scores(self.name, list(logits), list(targets))
         outputs, truth = self._checked(logits, targets)
         values = _PER_EXAMPLE.get(self.name)
         if values is None:
@@ -213,6 +220,10 @@ METRICS: dict[str, Metric] = {
         Metric("bleu", "maximize", "generation"),
         Metric("chrf", "maximize", "generation"),
         Metric("rouge_l", "maximize", "generation"),
+        Metric("entity_f1", "maximize", "token_classification"),
+        Metric("entity_precision", "maximize", "token_classification"),
+        Metric("entity_recall", "maximize", "token_classification"),
+        Metric("token_accuracy", "maximize", "token_classification"),
     )
 }
 """Every metric by its name."""

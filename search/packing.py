@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftscape.search.device import on_device
+from peftscape.search.token_words import Words, laid_out
 from peftscape.spaces.text import Text
 
 if TYPE_CHECKING:
+    from peftscape.search.generation_past import Past
     from peftscape.search.task import EncodedSplit
     from peftscape.spaces.sites import SiteMap
 
@@ -68,19 +71,22 @@ class Batch:
     classes: tuple[LengthClass, ...]
     prompts: tuple[Tensor | None, ...]  # for each lane, examples x prompt length: flat numbers
     lanes: int
+    longest: tuple[int, ...] = ()  # of each lane the tokens of its longest text, virtual ones included
     mask: Tensor | None = None  # padded layout only
     cut: int = 0
     scored: Tensor | None = None  # flat numbers of the tokens that a language model predicts, and the row of each
     scored_rows: Tensor | None = None
     context: Tensor | None = None  # of each row, the tokens that all others may read, those ahead of it included
+    words: Words | None = None  # where words are labelled
     source: Batch | None = None  # what the encoder reads, where this is what the decoder reads
+    past: Past | None = None  # what its tokens leave for those that are written after them
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
         moved = {f.name: _to(getattr(self, f.name), device) for f in fields(self)}
-        classes = tuple(replace(c, valid=c.valid.to(device)) for c in self.classes)
+        classes = tuple(replace(c, valid=on_device(c.valid, device)) for c in self.classes)
         return Batch(**{**moved, "classes": classes})
 
     @property
@@ -105,7 +111,8 @@ class Batch:
         """Flat numbers of text tokens, and the row (lane * examples + example) of each."""
         first, last = self.first.reshape(-1), self.last.reshape(-1)
         lengths = last - first + 1
-        rows = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths)
+        count = len(self.tokens) - sum(p.numel() for p in self.prompts if p is not None)
+        rows = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths, output_size=count)
         starts = torch.cumsum(lengths, 0) - lengths
         return first[rows] + torch.arange(len(rows), device=first.device) - starts[rows], rows
 
@@ -113,7 +120,8 @@ class Batch:
     def layout(self) -> Text:
         """Where each token stands in its text, virtual tokens included."""
         lengths = (self.last - self.first + 1).reshape(-1) + self.ahead
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        each = torch.arange(len(lengths), device=lengths.device)
+        rows = torch.repeat_interleave(each, lengths, output_size=len(self.tokens))
         starts = torch.cumsum(lengths, 0) - lengths
         size, count = self.ids.numel(), self.examples
         row = torch.full((size,), count, device=rows.device).index_copy_(0, self.tokens, rows % count)
@@ -122,15 +130,15 @@ class Batch:
         length = torch.zeros_like(row).index_copy_(0, self.tokens, lengths[rows])
         row, place, length = (t.view(self.lanes, -1) for t in (row, place, length))
         if self.context is None:
-            return Text(row, place, length, count)
+            return Text(row, place, length, count, known=self.longest)
         context = torch.zeros_like(row).view(-1).index_copy_(0, self.tokens, self.context[rows])
-        return Text(row, place, length, count, context.view(self.lanes, -1))
+        return Text(row, place, length, count, context.view(self.lanes, -1), known=self.longest)
 
     @cached_property
     def ahead(self) -> Tensor:
         """Virtual tokens before each text."""
         sizes = [0 if p is None else p.shape[1] for p in self.prompts]
-        return torch.tensor(sizes, device=self.first.device).repeat_interleave(self.examples)
+        return on_device(sizes, self.first.device).repeat_interleave(self.examples)
 
 
 def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, padded: bool = False) -> Batch:
@@ -138,6 +146,7 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
     texts: list[np.ndarray[Any, Any]] = []
     types: list[np.ndarray[Any, Any]] = []
     marks: list[np.ndarray[Any, Any]] = []
+    firsts: list[np.ndarray[Any, Any]] = []
     prompts, shifts, cut = [], [], 0
     for batch in batches:
         # A text that does not fit behind the lane's prompts loses its middle end, never its closing token.
@@ -145,11 +154,13 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         for i in batch.examples:
             ids = split.ids[i]
             kinds = split.types[i] if split.types is not None else None
+            begins = split.words[i] if split.words is not None else None
             if limit is not None and len(ids) > limit:
                 keep = (
                     np.r_[0 : limit - 1, len(ids) - 1] if split.scored is None else np.r_[len(ids) - limit : len(ids)]
                 )
                 ids, kinds, cut = ids[keep], kinds[keep] if kinds is not None else None, cut + 1
+                begins = np.append(begins[: limit - 1], False) if begins is not None else None
             texts.append(ids)
             if split.scored is not None:
                 mark = split.scored[i][len(split.scored[i]) - len(ids) :].copy()
@@ -157,6 +168,8 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
                 marks.append(mark)
             if kinds is not None:
                 types.append(kinds)
+            if begins is not None:
+                firsts.append(begins)
         prompts += [batch.prompt] * len(batch.examples)
         shifts += [batch.shift] * len(batch.examples)
 
@@ -199,6 +212,11 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         scored_rows = torch.from_numpy(row_of[is_text][inside])
         context = torch.from_numpy(prompt + [max(1, int(m.argmax()) if m.any() else len(m)) for m in marks])
 
+    words = None
+    if split.words is not None:
+        most = max(len(split.targets[i]) for batch in batches for i in batch.examples)
+        words = laid_out(firsts, flat[is_text], row_of[is_text], most)
+
     classes, slots = _length_classes(lengths, row_lane, row_of, place)
     return Batch(
         ids=torch.from_numpy(ids_flat).view(shape),
@@ -214,18 +232,22 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
             for g, b in enumerate(batches)
         ),
         lanes=lanes,
+        longest=tuple(lengths.reshape(lanes, examples).max(axis=1).tolist()),
         mask=torch.from_numpy(mask).view(shape) if mask is not None else None,
         cut=cut,
         scored=scored,
         scored_rows=scored_rows,
         context=context,
+        words=words,
     )
 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor | Batch) else value
+    if isinstance(value, Tensor):
+        return on_device(value, device)
+    return value.to(device) if isinstance(value, Batch | Words) else value
 
 
 def _length_classes(

@@ -15,6 +15,7 @@ from peftscape.search.peft_folder import Change, InexpressibleError, PeftFolder
 from peftscape.search.peft_place import place
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import tensor_key
+from peftscape.spaces.token_head import layer_name
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -32,7 +33,8 @@ def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder:
         InexpressibleError: with the reason.
     """
     names = sorted({p.method.name for p in card.design.placements})
-    if card.head == "mean" or (card.head == "class" and backbone.sites.head is None):
+    named = layer_name(backbone.sites) if card.head == "token" else backbone.sites.head
+    if card.head == "mean" or (card.head != "lm" and named is None):
         raise InexpressibleError(f'head = "{card.head}" is no head of transformers, which HF peft builds on')
     changes = list(changes_of(card.design, backbone))
     if not changes:

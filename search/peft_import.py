@@ -23,6 +23,7 @@ from peftscape.search.peft_place import PATTERNS, place
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import Design
 from peftscape.spaces.methods import methods
+from peftscape.spaces.token_head import layer_name, token_shapes
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise InputError(str(path), ['no "peft_type": not a configuration that HF peft wrote'])
-    if config.get("task_type") not in ("SEQ_CLS", "CAUSAL_LM"):
-        expected = "an adapter of a sequence classifier or a causal language model was expected"
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"):
+        expected = "an adapter of a sequence or token classifier or a causal language model was expected"
         found = f"task_type {config.get('task_type')!r}: {expected}"
         raise InputError(str(path), [found])
     return config
@@ -65,7 +66,8 @@ def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbo
     except (OSError, SafetensorError) as error:
         raise InputError(str(path), [f"it cannot be read: {error}"]) from None
     causal = config.get("task_type") == "CAUSAL_LM"
-    head = make_head(backbone, kind="lm", outputs=2) if causal else _head(stored, backbone, str(path))
+    words = config.get("task_type") == "TOKEN_CLS"
+    head = make_head(backbone, kind="lm", outputs=2) if causal else _head(stored, backbone, str(path), words=words)
     placements = _placements(config, stored, backbone, str(directory))
     card = Card(
         design=Design.from_json({"placements": placements}, where=str(directory)),
@@ -88,16 +90,17 @@ def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbo
     return card, folder.from_peft(stored, shapes, str(path))
 
 
-def _head(stored: Mapping[str, Tensor], backbone: Backbone, where: str) -> Head:
-    """The classifier's head, as wide as the one stored."""
-    found = backbone.sites.head
-    if found is None:
-        raise InputError(where, [f"transformers has no sequence classifier for {backbone.sites.family}"])
-    name, shape = next((name, shape) for name, shape in found.layout if 0 in shape)
+def _head(stored: Mapping[str, Tensor], backbone: Backbone, where: str, *, words: bool) -> Head:
+    """The classifier's head, of texts or of words, as wide as the one stored."""
+    own, kind = backbone.sites.head, "token" if words else "sequence"
+    if (layer_name(backbone.sites) if words else own) is None:
+        raise InputError(where, [f"transformers has no {kind} classifier for {backbone.sites.family}"])
+    layout = token_shapes(backbone.sites, 0).items() if words or own is None else own.layout
+    name, shape = next((name, shape) for name, shape in layout if 0 in shape)
     value = next((v for key, v in stored.items() if key.endswith(f".{name}")), None)
     if value is None:
-        raise InputError(where, [f"no {name}: the adapter of a sequence classifier with its head was expected"])
-    return Head(backbone, kind="class", outputs=value.shape[shape.index(0)])
+        raise InputError(where, [f"no {name}: the adapter of a {kind} classifier with its head was expected"])
+    return make_head(backbone, kind="token" if words else "class", outputs=value.shape[shape.index(0)])
 
 
 def _placements(

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from peftscape.search.adapter_folder import Shapes
 from peftscape.search.fingerprint import source
 from peftscape.search.peft_folder import Change, InexpressibleError, PeftFolder, Piece
-from peftscape.search.peft_virtual import virtual_config
+from peftscape.search.peft_virtual import parts, virtual_config
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -42,7 +43,7 @@ def place(changes: Sequence[Change], backbone: Backbone, head: Head, *, stacked:
     entries: dict[str, dict[str, Any]] = {}
     listed: dict[str, list[str]] = {}
     most = {"widest": max(c.site.d_in for c in changes), "tallest": max(c.site.d_out for c in changes)}
-    beside, along = sum(c.form.beside for c in changes), 0
+    starts, beside = _beside([c for here in modules.values() for c in here], backbone)
     _refuse_two_of_a_kind(changes)
     for path, here in modules.items():
         name = backbone.sites.within(lm=head.kind == "lm") + path
@@ -66,7 +67,7 @@ def place(changes: Sequence[Change], backbone: Backbone, head: Head, *, stacked:
             spans: dict[str | int, slice] = {
                 "out": slice(*change.site.span) if change.site.span else slice(None),
                 "rank": slice(at, at + form.rank) if stacked else slice(None),
-                "beside": slice(along, along + form.beside),
+                "beside": slice(starts[len(pieces)], starts[len(pieces)] + form.beside),
             }
             where = {}
             for tensor, axes in form.axes.items():
@@ -77,14 +78,24 @@ def place(changes: Sequence[Change], backbone: Backbone, head: Head, *, stacked:
                     rest[full] = row_norms(backbone, change.site) if value == "row norms" else value
             factor = 1.0 if even or scale is None else scale
             pieces.append(Piece(change.site, form, change.keys, change.frozen, where, own, factor))
-            at, along = at + form.rank, along + form.beside
+            at += form.rank
             for entry in () if form.virtual else form.listed:
                 listed.setdefault(entry, []).append(name)
     trained = {f"{start}{name}": shape for name, shape in head.shapes.items()}
     on_top = {f"head/{name}": f"{start}{name}" for name in head.shapes}
     config = _config(changes[0].form, entries, listed, backbone, head)
     note = changes[0].form.note or f"HF peft's {changes[0].form.kind} on {len(modules)} modules"
+    note += "" if head.kind == "lm" else changes[0].form.pooled
     return PeftFolder(config, shapes | trained, rest, tuple(pieces), on_top, note)
+
+
+def _beside(changes: Sequence[Change], backbone: Backbone) -> tuple[list[int], int]:
+    """Where each change begins in the dimension in which all lie side by side, and its length."""
+    if changes[0].form.virtual:
+        places, count = parts(backbone, changes[0].form.kind, len(changes))
+        return [place * changes[0].form.beside for place in places], count * changes[0].form.beside
+    ends = np.cumsum([c.form.beside for c in changes])
+    return [0, *ends[:-1].tolist()], int(ends[-1])
 
 
 def _config(
@@ -99,9 +110,9 @@ def _config(
     config |= {"base_model_name_or_path": source(backbone) or None, "inference_mode": True}
     if head.kind == "lm":
         return config | {"task_type": "SEQ_2_SEQ_LM" if backbone.sites.decoder_layers else "CAUSAL_LM"}
-    modules_to_save = backbone.sites.head.modules if backbone.sites.head is not None else ()
+    modules_to_save = backbone.sites.head.modules if backbone.sites.head is not None and head.kind == "class" else ()
     return config | {
-        "task_type": "SEQ_CLS",
+        "task_type": "TOKEN_CLS" if head.kind == "token" else "SEQ_CLS",
         # peft names both for every classifier, whichever of them there is.
         "modules_to_save": list(dict.fromkeys([*modules_to_save, "classifier", "score"])),
     }

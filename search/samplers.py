@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.words import InputError, nearest
 
-SAMPLERS = ("tpe", "nsga2", "gp", "random")
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random", "s3delta")
 
 
-def sampler(name: str, seed: int, number: int) -> Any:
+def sampler(name: str, seed: int, number: int, fixed: Mapping[str, Any] | None = None) -> Any:
     """The sampler that suggests trial `number` of a search with this seed.
 
     TPE is multivariate with groups (conditional knobs are modelled together) and takes running trials for bad ones,
     since several are asked for at once.
+
+    Args:
+        fixed: parameters that are known, where the sampler is `s3delta`: TPE suggests the others, without groups, which
+            would suggest these too.
 
     Raises:
         InputError: with the nearest name.
@@ -30,8 +37,11 @@ def sampler(name: str, seed: int, number: int) -> Any:
         return samplers.NSGAIISampler(seed=own, population_size=20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "tpe":
-            return samplers.TPESampler(seed=own, multivariate=True, group=True, constant_liar=True, n_startup_trials=10)
+        if name in ("tpe", "s3delta"):
+            tpe = samplers.TPESampler(
+                seed=own, multivariate=True, group=not fixed, constant_liar=True, n_startup_trials=10
+            )
+            return samplers.PartialFixedSampler(dict(fixed), tpe) if fixed else tpe
         if name == "gp":
             return samplers.GPSampler(seed=own)
     raise InputError("search.sampler", [f'no sampler "{name}"{nearest(name, SAMPLERS)}'])

@@ -63,6 +63,8 @@ class Session:
             batch_size=self.config.search.batch_size,
             regression=self.task.kind == "regression",
             cache=self.states,
+            passes=self.config.search.gradient_accumulation_steps,
+            checkpointing=self.config.search.gradient_checkpointing,
             **self.guards,
         )
 
@@ -108,9 +110,11 @@ def design_costs(session: Session, design: Design) -> Costs:
         outputs=session.task.num_outputs,
         tokens=session.tokens,
         target=session.target,
-        batch=session.config.search.batch_size,
+        batch=session.config.search.pass_size,
+        checkpointing=session.config.search.gradient_checkpointing,
         head=session.config.head,
         dtype=session.backbone.precision,
+        compute=session.backbone.computation,
     )
 
 

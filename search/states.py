@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peftscape.search.device import on_device
 from peftscape.search.packing import LaneBatch, pack
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class StateCache:
 
     def _laid_out(self, level: _Level, batch: Batch, split: EncodedSplit, examples: Any) -> Tensor:
         flat = _places(level, split, np.concatenate(examples))
-        values = level.values[torch.from_numpy(flat)].to(batch.ids.device)
+        values = on_device(level.values[torch.from_numpy(flat)], batch.ids.device)
         out = values.new_zeros(batch.ids.numel(), values.shape[1]).index_copy_(0, batch.tokens, values)
         return out.view(*batch.ids.shape, -1)
 

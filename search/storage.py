@@ -23,6 +23,7 @@ from peftscape.search import integrity
 from peftscape.search.database import ADAPTERS, FILE, open_database
 from peftscape.search.disk import writing
 from peftscape.search.rung_study import PROMOTED, SCORES, StudyRungs, waits
+from peftscape.search.s3delta_space import STRUCTURES, params_of
 from peftscape.spaces.record import Record, RecordError
 from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
@@ -121,7 +122,8 @@ class Storage:
 
         search = self.config.search
         with self._writing():
-            self._study.sampler = sampler(search.sampler, search.seed, self._asked)
+            known = params_of(self.attr(STRUCTURES), space, self._asked) if search.sampler == "s3delta" else None
+            self._study.sampler = sampler(search.sampler, search.seed, self._asked, known)
             trial = self._study.ask()
             self._asked = max(self._asked, trial.number + 1)
             trial.set_user_attr("worker", worker)
@@ -374,11 +376,19 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be equal: not the budget, nor how long a step may take; what is not set is its default."""
+    """What has to be equal: not the budget, nor how steps are run; what is not set is its default.
+
+    How steps are run changes no result beyond rounding, but it does change peak bytes.
+    """
     from peftscape.search.config_file import config_from_json
 
     whole = _plain(config_from_json(config))
-    del whole["budget"], whole["search"]["step_limit"]
+    engine = ["step_limit"]
+    if "peak_bytes" not in whole["search"]["objectives"]:
+        engine += ["gradient_accumulation_steps", "gradient_checkpointing"]
+    for key in engine:
+        del whole["search"][key]
+    del whole["budget"]
     return whole
 
 

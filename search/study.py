@@ -117,6 +117,10 @@ class _Run:
             if session is not None:
                 from peftscape.search.loop import Loop
 
+                if self.config.search.sampler == "s3delta":
+                    from peftscape.search.s3delta import find_structures
+
+                    find_structures(session, storage, self.workers, self.budget, self.progress)
                 Loop(session, storage, self.workers, self.budget, self.progress, self._interim).run()
             if to_the_end and self._is_last():
                 if session is not None:
@@ -259,7 +263,7 @@ def _memory(session: Session) -> Memory:
     from peftscape.search.session import design_costs
     from peftscape.spaces.cost import model_bytes
 
-    weights = model_bytes(session.backbone.sites, session.backbone.precision)
+    weights = model_bytes(session.backbone.sites, session.backbone.precision, session.backbone.computation)
     free = free_bytes(session.backbone.device)
     limit = None if free is None else weights + round(SHARE * free)
     return Memory(limit=limit, weights=weights, alone=lambda design: design_costs(session, design).peak_bytes)

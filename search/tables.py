@@ -13,7 +13,8 @@ from typing import Any
 
 from peftscape.spaces.words import InputError, nearest
 
-SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
+_CONLL = (".conll", ".iob", ".bio")
+SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", *_CONLL)
 """The files that `read_file` reads, told apart by their ending."""
 
 
@@ -31,7 +32,7 @@ class TaskError(InputError):
 class Table:
     """Named columns of one length, each read when it is asked for.
 
-    `class_names` holds the names of the classes of a column of ids, where the source knows them.
+    `class_names` holds the names of the classes of a column of ids, or of lists of ids, where the source knows them.
     """
 
     source: str
@@ -55,7 +56,7 @@ def is_file_name(source: str) -> bool:
 
 
 def read_file(source: str, *, limit: int | None = None) -> Table:
-    """The first `limit` rows (all by default) of a CSV, TSV, JSON lines or Parquet file.
+    """The first `limit` rows (all by default) of a CSV, TSV, JSON lines, Parquet or CoNLL file.
 
     CSV values stay strings, so that a label `007` or a text `NA` is what the file says.
 
@@ -76,6 +77,10 @@ def read_file(source: str, *, limit: int | None = None) -> Table:
             return _json(source, path, limit)
         if suffix in (".csv", ".tsv", ".tab"):
             return _csv(source, path, "," if suffix == ".csv" else "\t", limit)
+        if suffix in _CONLL:
+            from peftscape.search.conll import read_conll
+
+            return read_conll(source, path, limit)
     except UnicodeDecodeError:
         raise TaskError(source, [_not_utf8(path)]) from None
     kind = f"{suffix} files" if suffix else "files without an ending"
@@ -166,14 +171,29 @@ def _parquet(source: str, path: Path, limit: int | None) -> Table:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = tuple(file.schema_arrow.names)
+        labels = _labels_of_lists((file.schema_arrow.metadata or {}).get(b"huggingface"))
         if limit is None:
-            return Table(source, names, file.metadata.num_rows, lambda name: _values(file.read([name])[name]))
+            return Table(source, names, file.metadata.num_rows, lambda name: _values(file.read([name])[name]), labels)
         head = next(file.iter_batches(batch_size=limit), None)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise TaskError(source, [f"{source}: not a Parquet file: {error}"]) from None
     if head is None:
         return from_columns(source, {name: [] for name in names}, {})
-    return Table(source, names, head.num_rows, lambda name: _values(head[name]))
+    return Table(source, names, head.num_rows, lambda name: _values(head[name]), labels)
+
+
+def _labels_of_lists(written: bytes | None) -> dict[str, tuple[str, ...]]:
+    """What `datasets` wrote into a Parquet file of columns that are lists of class ids: the classes' names."""
+    try:
+        features = json.loads(written or b"{}")["info"]["features"]
+        inner = {name: feature.get("feature") for name, feature in features.items()}
+        return {
+            name: tuple(map(str, feature["names"]))
+            for name, feature in inner.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _values(column: Any) -> list[Any]:
@@ -226,9 +246,10 @@ def _folder(datasets: Any, folder: Path, subset: str | None) -> Any:
 
 def _split_table(source: str, split: Any, limit: int | None) -> Table:
     part = split if limit is None else split.select(range(min(limit, len(split))))
+    inner = {name: getattr(feature, "feature", feature) for name, feature in part.features.items()}
     named = {
         name: tuple(map(str, feature.names))
-        for name, feature in part.features.items()
+        for name, feature in inner.items()
         if type(feature).__name__ == "ClassLabel"
     }
     return Table(source, tuple(part.column_names), len(part), lambda name: list(part[name]), named)

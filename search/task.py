@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peftscape.search import examples, language_examples
+from peftscape.search import examples, language_examples, token_examples
 from peftscape.search.embedded import EMBEDDED_TASKS, MissingPackageError
 from peftscape.search.encoding import EncodedSplit, EncodedTask, encode
-from peftscape.search.generation_metrics import missing_package
 from peftscape.search.language import Language
-from peftscape.search.metrics import METRICS, Metric, metric
+from peftscape.search.metrics import Metric
+from peftscape.search.splits import Split, carve, empty_splits
 from peftscape.search.tables import Table, TaskError, is_file_name
 from peftscape.search.task_config import (
-    SPLITS,
     Kind,
     SplitName,
     TaskConfig,
@@ -36,8 +35,10 @@ from peftscape.search.task_config import (
     task_kind,
     with_columns,
 )
+from peftscape.search.task_metric import DEFAULT_METRIC, task_metric
 
 __all__ = [
+    "DEFAULT_METRIC",
     "EncodedSplit",
     "EncodedTask",
     "Split",
@@ -50,41 +51,6 @@ __all__ = [
 ]
 
 _HEAD_ROWS = 200  # how much of a file `check_task` reads
-DEFAULT_METRIC: Mapping[Kind, str] = {
-    "classification": "accuracy", "regression": "pearson", "lm": "loss", "multiple_choice": "accuracy",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Examples: texts, second texts of pairs, and targets (int64 class ids, or float32 numbers).
-
-    For language models `texts` are the prompts where there are `completions`, and chats as JSON; `options` are the
-    answers of each example where these differ, and targets the numbers of the right ones.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None
-    targets: NDArray[Any]
-    completions: list[str] | None = None
-    options: list[tuple[str, ...]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, rows: NDArray[np.bool_]) -> Split:
-        """The examples where `rows` is true, in their order."""
-        kept = np.flatnonzero(rows)
-
-        def some(values: list[Any] | None) -> list[Any] | None:
-            return None if values is None else [values[i] for i in kept]
-
-        texts = [self.texts[i] for i in kept]
-        return Split(texts, some(self.pairs), self.targets[kept], some(self.completions), some(self.options))
-
-    def examples(self) -> list[tuple[str, str]]:
-        """What a model sees of each example: its text and its second text, or its completion."""
-        return list(zip(self.texts, self.pairs or self.completions or [""] * len(self), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +100,9 @@ class Task:
             add("pairs" if split.pairs is not None else "single", *(split.pairs or []))
             for answers in (split.completions, *(split.options or ())):
                 add(*(answers or ()))
-            digest.update(split.targets.astype("<i8" if self.labels else "<f4").tobytes())
+            for words in split.words or ():
+                add(str(len(words)), *words)
+            digest.update(split.labels().astype("<i8" if self.labels else "<f4").tobytes())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -155,7 +123,7 @@ class Task:
             "rows": {name: len(split) for name, split in self.splits().items()},
             "carved": list(self.carved),
             "class_counts": {
-                name: np.bincount(split.targets, minlength=len(self.labels)).tolist() if self.labels else []
+                name: np.bincount(split.labels(), minlength=len(self.labels)).tolist() if self.labels else []
                 for name, split in self.splits().items()
             },
             "seen_in_training": {name: sum(e in train for e in s.examples()) for name, s in held_out.items()},
@@ -181,32 +149,13 @@ def load_task(config: TaskConfig) -> Task:
     raise_all(config, errors)
     kind, labels, splits = _examples(config, tables, errors)
     language = _language(config, kind, labels, splits, errors)
-    chosen = _metric(config, kind, len(labels) if splits["train"].options is None else None, errors)
+    classes = len(labels) if splits["train"].options is None else None
+    chosen = task_metric(config, kind, classes, errors, labels if kind == "token_classification" else ())
     raise_all(config, errors)
-    assert chosen is not None
-    carved: list[SplitName] = []
-    # Test first, so that it stays the same when the size of the validation split changes.
-    held_out: list[tuple[SplitName, int | float]] = [
-        ("test", config.test_size),
-        ("validation", config.validation_size),
-    ]
-    for stream, (name, size) in enumerate(held_out, start=1):
-        if name not in splits:
-            rows = _take(splits["train"], kind, _count(size, len(splits["train"])), (config.seed, stream))
-            splits[name], splits["train"] = splits["train"].take(rows), splits["train"].take(~rows)
-            carved.append(name)
-    most: list[tuple[SplitName, int | None]] = [("train", config.max_train), ("test", config.max_test)]
-    for stream, (name, limit) in enumerate(most, start=3):
-        surplus = len(splits[name]) - (limit or len(splits[name]))
-        if surplus > 0:
-            splits[name] = splits[name].take(~_take(splits[name], kind, surplus, (config.seed, stream)))
-    for name in SPLITS:
-        if not len(splits[name]):
-            errors.append(f"task.{name}: no rows are left; the training data is too small to cut it from")
+    carved = carve(config, kind, splits)
+    errors += empty_splits(splits.items())
     raise_all(config, errors)
-    return Task(
-        config.source, kind, labels, chosen, **splits, seed=config.seed, carved=tuple(carved), language=language
-    )
+    return Task(config.source, kind, labels, chosen, **splits, seed=config.seed, carved=carved, language=language)
 
 
 def check_task(config: TaskConfig) -> list[str]:
@@ -219,7 +168,7 @@ def check_task(config: TaskConfig) -> list[str]:
         if config.name is not None:
             EMBEDDED_TASKS[config.name].paths()
             embedded = EMBEDDED_TASKS[config.name]
-            _metric(config, config.kind or embedded.kind, len(embedded.classes), errors)
+            task_metric(config, config.kind or embedded.kind, len(embedded.classes), errors)
             if config.choices is not None:
                 language_examples.choice_words(config.choices, embedded.classes, errors)
             return errors
@@ -234,21 +183,25 @@ def check_task(config: TaskConfig) -> list[str]:
         errors += _table_errors(config, table)
     if errors:
         return errors
+    if config.kind == "token_classification":
+        labels, _ = token_examples.tagged_splits(tables, config.columns, errors)
+        task_metric(config, config.kind, None, errors, labels)
+        return errors
     if config.kind == "lm" or config.options is not None:
         for table in tables.values():
             _language_split(config, table, errors)
-        _metric(config, config.kind or "lm", None, errors)
+        task_metric(config, config.kind or "lm", None, errors)
         return errors
     # Classes can be told from all rows only, so of the labels only what holds for each row is said here.
-    labels = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
+    raw = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
     kind = config.kind or ("classification" if config.label in tables["train"].class_names else None)
-    kind = kind or examples.infer_kind(labels["train"])
+    kind = kind or examples.infer_kind(raw["train"])
     for name, table in tables.items():
         for key in config.columns.keys() - {"label"}:
             examples.read_texts(table, key, config.columns[key], errors)
         if kind == "regression":
-            examples.numbers(table, config.label, labels[name], errors)
-    _metric(config, kind, None, errors)
+            examples.numbers(table, config.label, raw[name], errors)
+    task_metric(config, kind, None, errors)
     return errors
 
 
@@ -270,15 +223,20 @@ def _examples(
     given = task_kind(config)
     if given == "lm" or config.options is not None:
         return given or "lm", (), {name: _language_split(config, table, errors) for name, table in tables.items()}
+    if given == "token_classification":
+        labels, splits = token_examples.tagged_splits(tables, config.columns, errors)
+        if len(labels) < 2 and not errors:
+            errors.append(f"task.tags: {config.source} has {len(labels)} labels; two or more were expected")
+        return given, labels, splits
     raw = {name: examples.read_labels(table, config.label, errors) for name, table in tables.items()}
     train = tables["train"]
     kind: Kind = config.kind or (
         "classification" if config.label in train.class_names else examples.infer_kind(raw["train"])
     )
-    labels: tuple[str, ...] = ()
+    labels = ()
     if kind != "regression":
         labels = examples.class_names(train, config.label, raw["train"], errors)
-    splits: dict[SplitName, Split] = {}
+    splits = {}
     for name, table in tables.items():
         texts = examples.read_texts(table, "text", config.text, errors)
         pairs = None if config.pair is None else examples.read_texts(table, "pair", config.pair, errors)
@@ -320,37 +278,3 @@ def _language(
     if config.messages is None and splits["train"].completions is None:
         return Language("text", "all")
     return Language("chat" if config.messages is not None else "completion", config.loss_on or "completion")
-
-
-def _metric(config: TaskConfig, kind: Kind, classes: int | None, errors: list[str]) -> Metric | None:
-    chosen = metric(config.metric or DEFAULT_METRIC[kind])
-    like = "classification" if kind == "multiple_choice" else kind
-    if kind == "lm" and chosen.kind == "generation":
-        if config.completion is None:
-            errors.append(
-                f'task.metric: "{chosen.name}" is of what is written after a prompt; give prompt and completion'
-            )
-        if package := missing_package(chosen.name):
-            errors.append(f'task.metric: "{chosen.name}" needs the package {package}: pip install {package}')
-        return chosen
-    if config.options is not None and chosen.name not in (names := ("accuracy", "log_loss")):
-        errors.append(f'task.metric: "{chosen.name}" needs classes; with options there are: {", ".join(names)}')
-    elif chosen.kind != like:
-        kinds = (like, "generation") if kind == "lm" else (like,)
-        others = ", ".join(m.name for m in METRICS.values() if m.kind in kinds)
-        errors.append(f'task.metric: "{chosen.name}" is for {chosen.kind}, the task is {kind}; there are: {others}')
-    elif chosen.binary and classes not in (None, 2):
-        errors.append(f'task.metric: "{chosen.name}" needs 2 classes, the task has {classes}; take "macro_f1"')
-    return chosen
-
-
-def _count(size: int | float, rows: int) -> int:
-    """How many of `rows` to set aside: a fraction as it is, a count up to a fifth of them."""
-    return max(1, round(size * rows) if isinstance(size, float) else min(size, rows // 5))
-
-
-def _take(split: Split, kind: Kind, size: int, seed: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which rows to set aside; numbers have no classes to keep in proportion."""
-    by_class = kind in ("classification", "multiple_choice") and split.options is None
-    classes = split.targets if by_class else np.zeros(len(split), dtype=np.int64)
-    return examples.take_stratified(classes, size, seed)

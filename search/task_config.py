@@ -13,17 +13,17 @@ from peftscape.search.metrics import METRICS
 from peftscape.search.tables import Table, TaskError, is_file_name, read_dataset, read_file
 from peftscape.spaces.words import nearest
 
-Kind = Literal["classification", "regression", "lm", "multiple_choice"]
+Kind = Literal["classification", "regression", "lm", "multiple_choice", "token_classification"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-KINDS: tuple[Kind, ...] = ("classification", "regression", "lm", "multiple_choice")
+KINDS: tuple[Kind, ...] = ("classification", "regression", "lm", "multiple_choice", "token_classification")
 #: What only tasks of these kinds read.
 _ONLY: Mapping[str, tuple[Kind, ...]] = {
     "prompt": ("lm",), "completion": ("lm",), "messages": ("lm",), "loss_on": ("lm",),
     "choices": ("multiple_choice",), "options": ("multiple_choice",), "normalise": ("multiple_choice",),
-    "template": ("multiple_choice",),
+    "template": ("multiple_choice",), "tokens": ("token_classification",), "tags": ("token_classification",),
 }  # fmt: skip
-_COLUMNS = ("text", "pair", "label", "prompt", "completion", "messages", "options")
+_COLUMNS = ("text", "pair", "label", "prompt", "completion", "messages", "options", "tokens", "tags")
 
 # The names under which published datasets keep their validation data; `train` and `test` have no others.
 _VALIDATION_NAMES = ("validation", "dev", "valid", "val")
@@ -48,6 +48,9 @@ class TaskConfig:
     classes (`choices`, by label; the labels themselves where it is None), or those of a column of lists (`options`,
     with the right one's number or text in `label`). `template` makes the prompt, `"{text}\\nAnswer:"`; `normalise`
     divides by the answer's bytes.
+
+    `token_classification` labels words: the columns `tokens` ("tokens" by default) and `tags` ("tags") hold lists of
+    words and of their labels, by name or as ids of classes that the data names.
     """
 
     name: str | None = None
@@ -63,6 +66,8 @@ class TaskConfig:
     completion: str | None = None
     messages: str | None = None
     options: str | None = None
+    tokens: str | None = None
+    tags: str | None = None
     choices: Mapping[str, str] | None = None
     template: str | None = None
     loss_on: Literal["completion", "all"] | None = None
@@ -84,6 +89,8 @@ class TaskConfig:
             return {"prompt": self.prompt, "completion": self.completion}
         if self.kind == "lm":
             return {"text": self.text}
+        if self.kind == "token_classification":
+            return {"tokens": self.tokens or "tokens", "tags": self.tags or "tags"}
         pair = {} if self.pair is None else {"pair": self.pair}
         options = {} if self.options is None else {"options": self.options}
         return {"text": self.text, **pair, **options, "label": self.label}

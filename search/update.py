@@ -24,39 +24,42 @@ UNEQUAL = -1
 def update(lanes: Sequence[Lane], losses: Tensor) -> list[float]:
     """Take the step of every lane whose gradients are there, and say the losses.
 
-    A lane whose loss or gradient is not finite fails instead. With the kernel the device is waited for once, when
-    every lane's step is under way.
+    A lane whose loss or gradient is not finite fails instead. The device is waited for once: with the kernel when every
+    lane's step is under way, without it when every gradient's norm is.
 
     Args:
         losses: one a lane.
     """
-    together = _together(lanes, losses.device)
-    norms = _step(lanes, together, losses.detach()) if together else losses.new_zeros(0)
-    numbers: list[float] = torch.cat([losses.detach(), norms]).tolist()
-    values = numbers[: len(lanes)]
-    for i, norm in zip(together, numbers[len(lanes) :], strict=True):
-        _settle(lanes[i], values[i], norm)
-    for i in sorted({*range(len(lanes))} - {*together}):
+    everyone = range(len(lanes))
+    plain = [i for i in everyone if _plain(lanes[i])] if possible(losses.device) else []
+    together = plain if _is_fused([lanes[i] for i in plain]) else []
+    apart = [i for i in everyone if i not in together]
+    norms = [_step(lanes, together, losses.detach())] if together else []
+    own = [lanes[i].gradient_norm() for i in apart]
+    numbers: list[float] = torch.cat([losses.detach(), *norms, *(n.view(1).to(losses) for n in own)]).tolist()
+    values, rest = numbers[: len(lanes)], iter(numbers[len(lanes) :])
+    for i in together:
+        _settle(lanes[i], values[i], next(rest))
+    for i, norm in zip(apart, own, strict=True):
+        finite = math.isfinite(next(rest))
         if math.isfinite(values[i]):
             lanes[i].losses.append(values[i])
-            lanes[i].update()
+            taken = (lanes[i].taken or 0) + 1
+            lanes[i].move(norm, finite=finite)
+            lanes[i].taken = taken if finite and i in plain else None
         else:
             _fail(lanes[i], values[i])
     return values
 
 
-def _together(lanes: Sequence[Lane], device: torch.device) -> list[int]:
-    """The lanes that one kernel can update: nothing of theirs looks at gradients after they were clipped."""
-    if not possible(device):
-        return []
-    chosen = [i for i, lane in enumerate(lanes) if _plain(lane)]
-    with noting([lanes[i].kernels for i in chosen]):
-        fused = ops.updates_fused([list(lanes[i].params.values()) for i in chosen]) if chosen else False
-    return chosen if fused else []
+def _is_fused(lanes: Sequence[Lane]) -> bool:
+    """Whether one kernel updates these lanes together."""
+    with noting([lane.kernels for lane in lanes]):
+        return ops.updates_fused([list(lane.params.values()) for lane in lanes]) if lanes else False
 
 
 def _plain(lane: Lane) -> bool:
-    """Whether all its tensors move, as often as one another, by AdamW alone."""
+    """Whether all its tensors move, as often as one another, by AdamW alone: nothing looks at clipped gradients."""
     if not lane.params or any(type(p.method).after_step is not Method.after_step for p in lane.design.placements):
         return False
     if any(p.grad is None or p.grad.dtype != p.dtype or not p.grad.is_contiguous() for p in lane.params.values()):

@@ -26,6 +26,8 @@ WEIGHT_BYTES = {
     "float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0,
     "nf4": (4 + 32 / 64) / 8, "nf4-dq": (4 + 8 / 64 + 32 / (64 * 256)) / 8,
 }  # fmt: skip
+#: Those that hold the layers' linears alone; all else is as wide as the computation.
+QUANTISED = ("int8", "nf4", "nf4-dq")
 
 
 def parameters(sites: SiteMap) -> int:
@@ -33,8 +35,11 @@ def parameters(sites: SiteMap) -> int:
     return sites.parameters
 
 
-def model_bytes(sites: SiteMap, dtype: str = "float32") -> int:
+def model_bytes(sites: SiteMap, dtype: str = "float32", compute: str | None = None) -> int:
     """Bytes of the frozen weights held as `dtype`, one of `WEIGHT_BYTES`.
+
+    Args:
+        compute: precision of the computation with quantised weights, which all others are held in; None: 16 bits.
 
     Raises:
         ValueError: an unknown dtype.
@@ -42,8 +47,17 @@ def model_bytes(sites: SiteMap, dtype: str = "float32") -> int:
     if dtype not in WEIGHT_BYTES:
         raise ValueError(f'no precision "{dtype}"{nearest(dtype, WEIGHT_BYTES)}')
     width = WEIGHT_BYTES[dtype]
-    quantised = sites.layers * sites.layer_products if width < 2 else 0
-    return round(quantised * width + (sites.parameters - quantised) * max(width, 2.0))
+    if dtype not in QUANTISED:
+        return round(sites.parameters * width)
+    quantised = sites.layers * sites.layer_products
+    return round(quantised * width + (sites.parameters - quantised) * WEIGHT_BYTES[compute or "bfloat16"])
+
+
+def restored_bytes(sites: SiteMap, dtype: str, width: int) -> int:
+    """Bytes of the largest quantised linear, which is restored whole for its product; 0 where none is quantised."""
+    if dtype not in QUANTISED:
+        return 0
+    return width * max(s.d_in * s.d_out for s in sites.sites if s.kind in ("up", "down", "o"))
 
 
 def forward_flops(sites: SiteMap, tokens: int, *, batch: int = 1) -> int:

@@ -120,6 +120,11 @@ class Placement:
                         score.copy_(top(score, self.share.count(score.numel())))
         self.method.finish(own, sites)
 
+    @property
+    def weighed(self) -> bool:
+        """Whether each site's change is multiplied with a strength that its lane says."""
+        return False
+
     @cached_property
     def label(self) -> str:
         """A short name: `lora r8 q,v`, `sequential_adapter m64 ffn 3-5`."""
@@ -130,6 +135,17 @@ class Placement:
         share = f" shared {self.share.kept:.0%}" if self.share else ""
         more = share + (" gated" if self.gate else "") + (f" drop {self.drop}" if self.drop else "")
         return f"{self.method.name}{size}{places}{layers}{mask}{more}"
+
+
+#: What a weighed placement's sites see their strength as, a tensor of one number.
+STRENGTH = "strength"
+
+
+class Weighed(Placement):
+    """A placement whose change a search weighs while it looks for places; no design that is kept has one."""
+
+    weighed = True
+    expands = True
 
 
 @dataclass(frozen=True, kw_only=True)

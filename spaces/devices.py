@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftscape.spaces.cost import QUANTISED
 from peftscape.spaces.rates import read_rates
 from peftscape.spaces.words import InputError, nearest
 
@@ -30,6 +31,7 @@ class Device:
         flops: dense products in bfloat16 (float16 where there is no bfloat16), a second.
         bandwidth: bytes a second.
         measured: the rates were measured on it, not taken from a data sheet.
+        compute: the precision in which a quantised backbone computes on it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Device:
     flops: float
     bandwidth: float
     measured: bool = False
+    compute: str = "bfloat16"
 
     @property
     def utilisation(self) -> tuple[float, float, float]:
@@ -71,10 +74,12 @@ def device(name: str, dtype: str = "bfloat16") -> Device:
     if name.lower() == "this":
         if (rates := read_rates()) is None:
             raise InputError("device", ["this machine has not been measured: run peftscape doctor once"])
-        computed = dtype if dtype in rates.flops else "float32" if dtype == "float64" else "bfloat16"
+        # A search computes in float32 where bfloat16 is emulated, which is slower.
+        compute = max(("bfloat16", "float32"), key=lambda name: rates.flops[name])
+        other = compute if dtype in QUANTISED else "float32" if dtype == "float64" else "bfloat16"
         return Device(
-            name=rates.device, memory_bytes=rates.memory_bytes, flops=rates.flops[computed],
-            bandwidth=rates.bandwidth, measured=True,
+            name=rates.device, memory_bytes=rates.memory_bytes, flops=rates.flops.get(dtype, rates.flops[other]),
+            bandwidth=rates.bandwidth, measured=True, compute=compute,
         )  # fmt: skip
     if name.lower() not in DEVICES:
         several = [known for known in DEVICES if known.startswith(name.lower())]

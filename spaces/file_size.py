@@ -10,6 +10,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Literal
 
+from peftscape.spaces.token_head import HeadKind, token_shapes
+
 if TYPE_CHECKING:
     from peftscape.spaces.design import Design, Placement
     from peftscape.spaces.methods.base import Tensor
@@ -43,7 +45,7 @@ def kept_entries(placement: Placement, tensor: Tensor) -> int | None:
     return tensor.kept
 
 
-def stored_tensors(design: Design, sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"] | None) -> Stored:
+def stored_tensors(design: Design, sites: SiteMap, outputs: int, head: HeadKind | None) -> Stored:
     """(type, shape) of each tensor that `peftscape.search.adapter_folder.save` writes, by name.
 
     Args:
@@ -73,16 +75,16 @@ def _parts(placement: Placement, tensor: Tensor) -> Stored:
     return {".kept": ("F32", (kept,))} | ({".index": ("I32", (kept,))} if how == "indexed" else {".mask": bits})
 
 
-def head_shapes(
-    sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"] | None
-) -> dict[str, tuple[int, ...]]:
+def head_shapes(sites: SiteMap, outputs: int, head: HeadKind | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the head's tensors.
 
     Raises:
-        ValueError: if transformers has no classifier for the family and `head` asks for it.
+        ValueError: if the family has no such head: transformers no classifier, an encoder-decoder none for words.
     """
     if head is None or head == "lm":
         return {}
+    if head == "token":
+        return token_shapes(sites, outputs)
     if head == "mean":
         return {"weight": (outputs, sites.d_model), "bias": (outputs,)}
     if sites.head is None:

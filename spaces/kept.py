@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.activations import activation_bytes
+from peftscape.spaces.cost import QUANTISED
 from peftscape.spaces.flow import Attention, is_fused, kinds_at
 from peftscape.spaces.profiles import WIDTH, Profile
 from peftscape.spaces.two_stacks import Walk, is_two_stacks, tokens_at
@@ -59,6 +60,7 @@ def kept(
     tokens: int,
     batch: int,
     dtype: str,
+    compute: str | None = None,
     attention: Attention | None = None,
     checkpointing: bool = False,
     dropout: float | None = None,
@@ -69,24 +71,25 @@ def kept(
     Args:
         tokens: of each text, its padding included, virtual tokens not; of an encoder-decoder's source.
         target: of an encoder-decoder's target; None for as many.
-        dtype: of the backbone; quantised ones compute in bfloat16.
+        dtype: of the backbone.
+        compute: precision of the computation with quantised weights; None for bfloat16.
         attention: None for the profile's own.
         checkpointing: each layer's input alone is kept, and one layer is run again at a time (arXiv:1604.06174).
         dropout: of the adapters; None for the profile's own.
     """
     attention = attention or profile.attention
-    length, width = tokens + design.prompt_length(), WIDTH[dtype]
+    length, width = tokens + design.prompt_length(), WIDTH[compute or dtype]
     lowest = design.lowest_layer(sites)
     if is_two_stacks(sites):
         return _of_two_stacks(
-            design, sites, profile, source=length, target=target or tokens, batch=batch, dtype=dtype,
+            design, sites, profile, source=length, target=target or tokens, batch=batch, dtype=dtype, width=width,
             attention=attention, checkpointing=checkpointing, dropout=profile.dropout if dropout is None else dropout,
         )  # fmt: skip
     at_lowest = kinds_at(design, sites, lowest)
     backbone = activation_bytes(
         sites, length, batch, lowest, width, kinds=at_lowest or None, full=design.full, attention=attention
     )
-    if not design.full and profile.quantised_inputs and dtype in ("nf4", "nf4-dq", "int8") and lowest < sites.layers:
+    if not design.full and profile.quantised_inputs and dtype in QUANTISED and lowest < sites.layers:
         backbone += batch * length * width * (sites.layers - max(lowest, 0)) * _linear_inputs(sites, attention)
     adapters = _adapters(
         design, sites, profile, at=lambda _: length,
@@ -163,11 +166,10 @@ def _what_it_reads(site: Site) -> tuple[object, ...]:
 
 
 def _of_two_stacks(
-    design: Design, sites: SiteMap, profile: Profile, *, source: int, target: int, batch: int, dtype: str,
+    design: Design, sites: SiteMap, profile: Profile, *, source: int, target: int, batch: int, dtype: str, width: int,
     attention: Attention, checkpointing: bool, dropout: float,
 ) -> Kept:  # fmt: skip
     """`kept` of an encoder-decoder."""
-    width = WIDTH[dtype]
     walk = Walk(
         design, sites, source, target, width, fused=attention not in ("eager", "lanes"),
         cache=profile.cache and not checkpointing,

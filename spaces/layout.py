@@ -138,12 +138,16 @@ def _parameters(of: Layout) -> int:
 def _layer(of: Layout, number: int, stack: str) -> list[Site]:
     here, layer = of.layer.format(layer=number), of.first + number
     at = f"{here}." if here else ""
-    sites = []
+    sites, heads = [], {"q": of.heads, "k": of.kv_heads, "v": of.kv_heads, "o": of.heads}
     for m in of.linears:
         for kind, start, stop in m.kinds:
             span = None if stop - start == m.d_out else (start, stop)
-            own = m.stack or stack
-            sites.append(Site(kind, layer, at + m.path, m.d_in, stop - start, own, None, m.transposed, span, m.bias))
+            sites.append(
+                Site(
+                    kind, layer, at + m.path, m.d_in, stop - start, m.stack or stack,
+                    transposed=m.transposed, span=span, bias=m.bias, heads=heads.get(kind, 1),
+                )
+            )  # fmt: skip
     bias = {m.path: m.bias for m in of.linears}
     transposed = {m.path: m.transposed for m in of.linears}
     places = (("attention", of.attention, stack), ("attention", of.cross_attention, "cross"), ("ffn", of.ffn, stack))

@@ -36,6 +36,7 @@ class PeftForm:
         splits: whether a part of a fused linear can have it.
         virtual: whether it is made of virtual tokens, which peft keeps beside the model.
         note: what it is and what to know about it, where the kind and the number of modules do not say so.
+        pooled: what else to know about it behind a classifier.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class PeftForm:
     splits: bool = False
     virtual: bool = False
     note: str = ""
+    pooled: str = ""
 
     def shape(self, name: str, widths: Mapping[str, int]) -> tuple[int, ...]:
         """Of one of its tensors, with these lengths of named dimensions."""

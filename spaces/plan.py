@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.cost import WEIGHT_BYTES, model_bytes, working_bytes
+from peftscape.spaces.cost import QUANTISED, WEIGHT_BYTES, model_bytes, restored_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, stored_tensors
 from peftscape.spaces.flow import Attention
 from peftscape.spaces.kept import kept
-from peftscape.spaces.price import adapter_size, head_flops, head_size, infer_flops, optimised_size, train_flops
+from peftscape.spaces.price import (
+    adapter_size,
+    head_bytes,
+    head_flops,
+    head_size,
+    infer_flops,
+    optimised_size,
+    train_flops,
+)
 from peftscape.spaces.profiles import WIDTH, Profile
+from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.two_stacks import is_two_stacks
 from peftscape.spaces.words import InputError
 
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
 #: moments (arXiv:1910.02054, sec. 3.1).
 MIXED_PRECISION = 16
 
-Objective = Literal["lm", "class", "mean"]
+Objective = HeadKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +48,12 @@ class Setting:
         batch, length: texts a step, and tokens of the longest, to which the others are padded.
         target: tokens of an encoder-decoder's longest target; None for `length`.
         dtype: of the frozen weights, one of `WEIGHT_BYTES`.
+        compute: precision of the computation with quantised weights; None for bfloat16.
         attention: None for the profile's own.
         checkpointing: layers are run again in the backward.
         dropout: of the adapters; None for the profile's own.
-        objective: `lm` (next tokens), `class` (transformers' own head) or `mean`; None for the profile's own.
+        objective: `lm` (next tokens), `class` (transformers' own head), `mean` or `token` (a label for every token);
+            None for the profile's own.
         outputs: of a classification head.
     """
 
@@ -50,11 +61,17 @@ class Setting:
     length: int = 512
     target: int | None = None
     dtype: str = "bfloat16"
+    compute: str | None = None
     attention: Attention | None = None
     checkpointing: bool = False
     dropout: float | None = None
     objective: Objective | None = None
     outputs: int = 2
+
+    @property
+    def computed(self) -> str:
+        """The precision of the computation, by which `WIDTH` tells its bytes a number."""
+        return self.compute or self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +189,14 @@ def plan(
     if setting.target is not None and not two:
         raise InputError("plan", [f"target: {sites.family} has one stack, with no target apart from its text"])
     output_head = 0 if tied or objective != "lm" else sites.vocab * sites.d_model
-    head: Literal["class", "mean"] | None = None if objective == "lm" else objective
+    head = None if objective == "lm" else objective
     try:
         on_head = head_size(sites, setting.outputs, head) if head else 0
     except ValueError as error:
         raise InputError("plan", [str(error)]) from None
     adapter, full = adapter_size(design, sites), design.full
     adapter += output_head if full else 0
-    frozen = {dtype: _weights(sites, dtype, output_head, profile) for dtype in WEIGHT_BYTES}
+    frozen = {dtype: _weights(sites, dtype, setting.compute, output_head, profile) for dtype in WEIGHT_BYTES}
     file = file_bytes(stored_tensors(design, sites, setting.outputs, head))
     parameters = sites.parameters + output_head
     memory = _memory(design, sites, profile, setting, objective, output_head, on_head)
@@ -194,7 +211,7 @@ def plan(
         model=model, design=design.label, profile=profile.name, setting=setting, backbone=parameters, adapter=adapter,
         head=on_head, adapter_bytes=file, frozen_bytes=frozen, memory=memory, forward_flops=flops[0],
         train_flops=flops[1], step_flops=flops[2], infer_extra_flops=(adapted - bare) / setting.length,
-        infer_extra_bytes=deployed * WIDTH[setting.dtype],
+        infer_extra_bytes=deployed * WIDTH[setting.computed],
         mixed_precision_bytes=MIXED_PRECISION * parameters if full else None, two_stacks=two,
     )  # fmt: skip
 
@@ -203,35 +220,35 @@ def _memory(
     design: Design, sites: SiteMap, profile: Profile, setting: Setting, objective: Objective, output_head: int,
     on_head: int,
 ) -> Memory:  # fmt: skip
-    full, width = design.full, WIDTH[setting.dtype]
-    of_trained = profile.trained_width(setting.dtype, full=full)
+    full, width = design.full, WIDTH[setting.computed]
+    of_trained = profile.trained_width(setting.computed, full=full)
     optimised = optimised_size(design, sites) + on_head + (output_head if full else 0)
     # Where all weights train in place they are the backbone; peftscape trains a change beside it.
     in_place = full and not profile.full_masters
-    weights = 0 if in_place else _weights(sites, setting.dtype, output_head, profile)
+    weights = 0 if in_place else _weights(sites, setting.dtype, setting.compute, output_head, profile)
     trained, gradients, optimiser = optimised * of_trained, optimised * of_trained, 2 * optimised * of_trained
     held = kept(
         design, sites, profile, tokens=setting.length, batch=setting.batch, dtype=setting.dtype,
-        attention=setting.attention, checkpointing=setting.checkpointing, dropout=setting.dropout,
-        target=setting.target,
+        compute=setting.compute, attention=setting.attention, checkpointing=setting.checkpointing,
+        dropout=setting.dropout, target=setting.target,
     )  # fmt: skip
     length = setting.length + design.prompt_length()
     predicted = (setting.target or setting.length) if is_two_stacks(sites) else length
     # The loss of transformers' encoder-decoders stays in the logits' precision: with them live the log-softmax and
     # two gradients (models/t5/modeling_t5.py, CrossEntropyLoss).
     whole = is_two_stacks(sites) and profile.loss_bytes is None
-    a_logit = 4 * width if whole else max(profile.logit_bytes(setting.dtype))
+    a_logit = 4 * width if whole else max(profile.logit_bytes(setting.computed))
     count = setting.batch * predicted * sites.vocab if objective == "lm" else 0
     logits = min(a_logit * count, profile.loss_bytes or a_logit * count)
+    logits += head_bytes(sites, setting.batch * length, setting.outputs) if objective == "token" else 0
     working = working_bytes(
         sites, max(length, predicted), setting.batch, width, attention=setting.attention or profile.attention
     )
     working = held.beyond(working)
     # The training loop still holds the model's output while the backward runs.
     outputs = (4 if profile.float_outputs else width) * count if profile.loss_bytes is None else 0
-    if setting.dtype in ("int8", "nf4", "nf4-dq"):  # a quantised weight is restored whole for its product
-        logits += width * output_head if profile.quantised_inputs else 0
-        working += width * max(s.d_in * s.d_out for s in sites.sites if s.kind in ("up", "down", "o"))
+    working += restored_bytes(sites, setting.dtype, width)
+    logits += width * output_head if profile.quantised_inputs and setting.dtype in QUANTISED else 0
     step = profile.step_copies * optimised * of_trained
     base = weights + trained + optimiser
     # The gradients of a whole model come as its activations go; those of an adapter are small and counted throughout.
@@ -263,17 +280,18 @@ def _flops(
         forward += product
         backward += product * (2 if design.full else 1 if design.lowest_layer(sites) < sites.layers else 0)
     else:
-        head = head_flops(design, sites, on_head)
+        head = head_flops(design, sites, on_head, read=length if objective == "token" else 1)
         forward, backward = forward + head[0], backward + head[1] - head[0]
     if setting.checkpointing:
         backward += forward  # once more, layer by layer
     return forward / setting.length, (forward + backward) / setting.length, setting.batch * (forward + backward)
 
 
-def _weights(sites: SiteMap, dtype: str, output_head: int, profile: Profile) -> int:
-    """Bytes of the frozen model; a language-model head stays in 16 bits unless the implementation quantises it."""
-    width = WEIGHT_BYTES[dtype]
-    return model_bytes(sites, dtype) + round(output_head * (width if profile.quantised_inputs else max(width, 2.0)))
+def _weights(sites: SiteMap, dtype: str, compute: str | None, output_head: int, profile: Profile) -> int:
+    """Bytes of the frozen model; a language-model head is held as the computation is unless it is quantised too."""
+    whole = profile.quantised_inputs or dtype not in QUANTISED
+    width = WEIGHT_BYTES[dtype if whole else compute or "bfloat16"]
+    return model_bytes(sites, dtype, compute) + round(output_head * width)
 
 
 def _wrong(setting: Setting) -> list[str]:

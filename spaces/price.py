@@ -6,15 +6,16 @@ Nothing is built and nothing runs: a search knows these before a trial starts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from peftscape.spaces.cost import backward_flops, forward_flops, model_bytes, working_bytes
+from peftscape.spaces.cost import backward_flops, forward_flops, model_bytes, restored_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, head_shapes, stored_tensors
 from peftscape.spaces.flow import STAGES, Attention, kinds_at
 from peftscape.spaces.kept import kept
 from peftscape.spaces.profiles import PROFILES, WIDTH
 from peftscape.spaces.record import Costs
 from peftscape.spaces.sites import LINEARS
+from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.two_stacks import Walk, is_two_stacks, tokens_at
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ TRAINED_BYTES = 16
 LM_CHUNK, LM_CHUNK_BYTES = 1 << 24, 12
 
 
-def head_size(sites: SiteMap, outputs: int, head: Literal["class", "mean", "lm"]) -> int:
+def head_size(sites: SiteMap, outputs: int, head: HeadKind) -> int:
     """Trained parameters of the head.
 
     Raises:
-        ValueError: if transformers has no classifier for the family and `head` asks for it.
+        ValueError: as `head_shapes`.
     """
     return sum(math.prod(shape) for shape in head_shapes(sites, outputs, head).values())
 
@@ -137,10 +138,19 @@ def infer_flops(design: Design, sites: SiteMap, length: int, *, target: int | No
     return walk.forward + sum(p.flops(site, tokens_at(site, length, target)) for p, site in beside)
 
 
-def head_flops(design: Design, sites: SiteMap, size: int) -> tuple[int, int]:
-    """FLOPs of one example's head: (forward, forward and backward); frozen states below it need no gradient."""
+def head_flops(design: Design, sites: SiteMap, size: int, *, read: int = 1) -> tuple[int, int]:
+    """FLOPs of one example's head: (forward, forward and backward); frozen states below it need no gradient.
+
+    Args:
+        read: tokens that it reads: one, or all where each is labelled.
+    """
     trained = any(True for p in design.placements for _ in p.tensors(sites))
-    return 2 * size, (6 if trained else 4) * size
+    return 2 * size * read, (6 if trained else 4) * size * read
+
+
+def head_bytes(sites: SiteMap, tokens: int, outputs: int) -> int:
+    """Bytes that labelling every token keeps: the states in float32, and logits as they come and with two gradients."""
+    return 4 * tokens * (sites.d_model + 3 * outputs)
 
 
 def costs(
@@ -150,39 +160,49 @@ def costs(
     outputs: int,
     tokens: int,
     batch: int,
-    head: Literal["class", "mean", "lm"] = "class",
+    head: HeadKind = "class",
     dtype: str = "float32",
+    compute: str | None = None,
     target: int | None = None,
+    checkpointing: bool = False,
 ) -> Costs:
     """All costs of a design alone, as peftscape trains it.
 
     Args:
-        outputs: of the head. A language model's own (`lm`) has no parameters, and predicts every token.
+        outputs: of the head. A language model's own (`lm`) has no parameters, and predicts every token; `token`
+            labels every token.
         tokens: of a typical text; FLOPs are for one example of it, peak bytes for `batch` of them.
+        checkpointing: layers keep their input alone and run again in the backward; FLOPs are those without.
         dtype: of the frozen backbone and its activations; trained values are float32.
+        compute: of the activations on a quantised backbone; None for bfloat16.
         target: tokens of an encoder-decoder's target; None for as many.
     """
     target = target or tokens
     length = tokens + design.prompt_length()
     on_head, adapter = head_size(sites, outputs, head), adapter_size(design, sites)
     forward, backward = train_flops(design, sites, length, target=target)
-    held = kept(design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype, target=target)
+    held = kept(
+        design, sites, PROFILES["peftscape"], tokens=tokens, batch=batch, dtype=dtype, compute=compute, target=target,
+        checkpointing=checkpointing,
+    )  # fmt: skip
     words = 2 * target * sites.d_model * sites.vocab if head == "lm" else 0
+    on_tokens = head_flops(design, sites, on_head, read=length if head == "token" else 1)
     states = TRAINED_BYTES * (optimised_size(design, sites) + on_head)
+    width = WIDTH[compute or dtype]
     working = max(
-        held.beyond(working_bytes(sites, length, batch, WIDTH[dtype])),
+        held.beyond(working_bytes(sites, length, batch, width) + restored_bytes(sites, dtype, width)),
         LM_CHUNK_BYTES * min(LM_CHUNK, batch * target * sites.vocab) if words else 0,
     )
-    height = held.total + working
+    height = held.total + working + (head_bytes(sites, batch * length, outputs) if head == "token" else 0)
     if design.full:  # its gradients come as what was kept goes
         height = max(height - states // 4, 0)
-    peak = model_bytes(sites, dtype) + states + height
+    peak = model_bytes(sites, dtype, compute) + states + height
     return Costs(
         adapter=adapter,
         head=on_head,
         trainable=adapter + on_head,
-        train_flops=forward + backward + design.passes * (head_flops(design, sites, on_head)[1] + 2 * words),
-        infer_flops=infer_flops(design, sites, length, target=target) + words + head_flops(design, sites, on_head)[0],
+        train_flops=forward + backward + design.passes * (on_tokens[1] + 2 * words),
+        infer_flops=infer_flops(design, sites, length, target=target) + words + on_tokens[0],
         peak_bytes=peak,
         adapter_bytes=file_bytes(stored_tensors(design, sites, outputs, head)),
     )

@@ -11,7 +11,7 @@ from typing import Literal
 from peftscape.spaces.flow import Attention
 from peftscape.spaces.words import InputError, nearest
 
-#: Bytes a number by precision. Quantised backbones compute in bfloat16.
+#: Bytes a number by precision. Quantised backbones compute in bfloat16 unless said otherwise.
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 2, "nf4": 2, "nf4-dq": 2}
 
 

@@ -49,6 +49,7 @@ class Site:
         transposed: the weight lies as d_in x d_out (GPT-2's Conv1D).
         span: the output columns [start, stop) of a fused linear that this site owns.
         bias: whether the linear or the norm has one.
+        heads: into which the outputs of q, k and v and the inputs of o divide; 1 elsewhere.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Site:
     transposed: bool = False
     span: tuple[int, int] | None = None
     bias: bool = False
+    heads: int = 1
 
     def named(self, names: Iterable[str]) -> bool:
         """Whether one of these names is its kind (`q`) or its kind in its stack (`cross.q`)."""

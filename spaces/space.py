@@ -86,7 +86,9 @@ class Option:
         return found
 
     def absent(self) -> dict[str, Value] | None:
-        """Parameters under which it has size zero; None if it is always there."""
+        """Parameters under which it has size zero, or no layer; None if it is always there."""
+        if self.layers is not None and "bits" in self.layers.words and not self._asked():
+            return self.layers.params(f"{self.name}.layers", ())
         for knob, value in self.knobs.items():
             if isinstance(value, Domain) and 0 in value.ends():
                 zero = dict(value.param(f"{self.name}.{knob}", 0))
@@ -96,6 +98,13 @@ class Option:
                         zero |= other.param(f"{self.name}.{name}", other.ends()[0])
                 return zero
         return None
+
+    def _asked(self) -> bool:
+        """Whether it has a choice besides its layers."""
+        mask = self.mask if self.mask is not None else ()
+        return any(
+            isinstance(value, Domain) for value in (*self.knobs.values(), self.sites, *self.more.values(), *mask)
+        )
 
     def ends(self) -> Iterator[Placement]:
         """Placements among which its cheapest and dearest are: every end of every domain."""
@@ -189,11 +198,10 @@ class Space:
                 raise ValueError("all placements of this space share their layers")
             found |= self.layers.params("layers", chosen.pop())
         for slot in self.slots:
-            names = {o.method: o for o in slot.options}
-            mine = next((p for p in left if p.method.name in names), None)
+            mine, told = self._taken(slot, left)
             if mine is not None:
                 left.remove(mine)
-                found |= names[mine.method.name].params(mine)
+                found |= told
             zero = None if mine is not None or slot.optional else self.slots_zero(slot)
             taken = mine.method.name if mine is not None else NONE if slot.optional else slot.options[0].method
             found |= (choice.param(slot.name, taken) if (choice := slot.choice()) else {}) | (zero or {})
@@ -202,6 +210,24 @@ class Space:
         for name, domain in self.training.items():
             found |= _tell(f"training.{name}", domain, getattr(design.training, name))
         return found
+
+    def _taken(self, slot: Slot, left: list[Placement]) -> tuple[Placement | None, dict[str, Value]]:
+        """The first placement that the slot can hold, and the parameters that suggest it.
+
+        Raises:
+            ValueError: no slot but this one could hold a placement, and it cannot.
+        """
+        names = {o.method: o for o in slot.options}
+        for placement in left:
+            name = placement.method.name
+            if name not in names:
+                continue
+            try:
+                return placement, names[name].params(placement)
+            except ValueError:
+                if sum(o.method == name for s in self.slots for o in s.options) == 1:
+                    raise
+        return None, {}
 
     @staticmethod
     def slots_zero(slot: Slot) -> dict[str, Value]:

@@ -25,9 +25,10 @@ from transformers import (
 from peftscape.search.adapter import Adapter
 from peftscape.search.backbone import Backbone
 from peftscape.search.export import Card, Exported, export
-from peftscape.search.head import Head, HeadKind
+from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
 from peftscape.spaces.design import Design
+from peftscape.spaces.token_head import HeadKind
 
 Saved = Callable[[str], Path]
 LABELS = ("person", "place", "number")

@@ -106,7 +106,7 @@ class LST(Method):
 
         here = p.text.rows(torch.ones_like(x[..., :1]))[..., 0] > 0
         place = torch.arange(here.shape[-1], device=x.device)
-        late = place > place[:, None]
+        late = place > place[p.text.since :, None]
         allowed = here[:, :, None, None, :]
         return allowed & ~late if causal else allowed
 
@@ -116,7 +116,7 @@ class LST(Method):
         rows = p.text.rows(x @ p.qkv[:, i].mT)  # lanes x texts x longest x 3m
         shape = (*rows.shape[:3], self.heads, -1)
         q, k, v = (t.reshape(shape).transpose(2, 3) for t in rows.chunk(3, dim=-1))
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        scores = (q[..., p.text.since :, :] * q.shape[-1] ** -0.5) @ k.mT
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
         return p.text.flat((weights @ v).transpose(2, 3).flatten(-2)) @ p.out[:, i].mT
 

@@ -48,8 +48,9 @@ class PromptTuning(Method):
             beside=site.d_out,
             common=("prompt_embeddings",),
             virtual=True,
+            note="HF peft's prompt tuning",
             # The transformers class cannot tell padding from text behind a prompt, wherever the padding is.
-            note="HF peft's prompt tuning; peft's batches must hold texts of one length (it pools padding otherwise)",
+            pooled="; peft's batches must hold texts of one length (it pools padding otherwise)",
         )  # fmt: skip
 
     @classmethod

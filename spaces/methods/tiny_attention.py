@@ -34,7 +34,7 @@ class TinyAttention(Method):
 
     def expand(self, own: list[Own], sites: tuple[Site, ...], source: torch.Generator | None) -> list[Own]:
         return [
-            row | {"causal": row["out"].new_full((1,), float(site.stack == "decoder"))}
+            row | {"causal": row["out"].new_full((1,), float(not site.reads_source))}
             for row, site in zip(own, sites, strict=True)
         ]
 
@@ -45,7 +45,8 @@ class TinyAttention(Method):
         q, k, v = p.text.rows(y @ read.mT).chunk(3, dim=-1)  # lanes x texts x longest x m
         here = p.text.rows(torch.ones_like(y[..., :1])).transpose(2, 3) > 0
         place = torch.arange(q.shape[2], device=y.device)
-        late = (place > place[:, None]) & (p.causal[..., None, None] > 0)
+        q, late = q[:, :, p.text.since :], place > place[p.text.since :, None]
+        late = late & (p.causal[..., None, None] > 0)
         scores = (q @ k.mT).masked_fill(~here | late, torch.finfo(y.dtype).min)
         return y + p.text.flat(scores.softmax(dim=-1) @ v) @ p.out.mT
 

@@ -50,7 +50,7 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id.")]
 TaskOption = Annotated[str | None, typer.Option(help="An embedded task, a file, a folder, or a hub id.")]
-Space = Annotated[str | None, typer.Option(help="A preset: unified, lora, autopeft.")]
+Space = Annotated[str | None, typer.Option(help="A preset: unified, lora, autopeft, s3delta.")]
 File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A TOML file; the embedded default without.")]
 
 

@@ -35,7 +35,7 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, nf4, nf4-dq.")] = "bfloat16",
     profile: Annotated[str, typer.Option(help="peftscape, peft, litgpt: what the implementation keeps.")] = "peftscape",
-    objective: Annotated[str | None, typer.Option(help="lm, class or mean; the profile's own by default.")] = None,
+    objective: Annotated[str | None, typer.Option(help="lm, class, mean, token; the profile's own by default.")] = None,
     attention: Annotated[str | None, typer.Option(help="eager or fused; the profile's own by default.")] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Layers are run again in the backward.")
@@ -53,6 +53,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a design will cost before anything is trained: parameters, bytes, memory, FLOPs, time."""
+    from peftscape.spaces.cost import QUANTISED
     from peftscape.spaces.plan import Setting
     from peftscape.spaces.plan import plan as make
     from peftscape.spaces.plan_device import fit
@@ -62,13 +63,14 @@ def plan(
     from peftscape.spaces.space_file import read_space
 
     _known("dtype", dtype, ("float32", "bfloat16", "float16", "int8", "nf4", "nf4-dq"))
-    _known("objective", objective, ("lm", "class", "mean"))
+    _known("objective", objective, ("lm", "class", "mean", "token"))
     _known("attention", attention, ("eager", "fused"))
     chosen, on = named_profile(profile), _device(device, dtype)
     known = read_model(model)
     setting = Setting(
         batch=batch, length=length, target=target, dtype=dtype, attention=attention, checkpointing=checkpointing,  # type: ignore[arg-type]
         dropout=dropout, objective=objective, outputs=outputs,  # type: ignore[arg-type]
+        compute=on.compute if on and dtype in QUANTISED else None,
     )  # fmt: skip
     results: list[tuple[Plan, Fit | None]] = []
     spaces: list[Spread] = []
@@ -136,7 +138,8 @@ def _show(found: Plan, of: Fit | None) -> None:
     s = found.setting
     long = f"{s.length} tokens" + (f" to {s.target or s.length}" if found.two_stacks else "")
     token = "token of the source" if found.two_stacks else "token"
-    how = f"batch {s.batch}, {long}, {s.dtype}{', checkpointing' if s.checkpointing else ''}"
+    held = f"{s.dtype} computed in {s.compute}" if s.compute else s.dtype
+    how = f"batch {s.batch}, {long}, {held}{', checkpointing' if s.checkpointing else ''}"
     show(f"{found.design} on {found.model} ({found.backbone:,} parameters), {how}, as {found.profile} trains it", "")
     share = f"{100 * found.total / found.backbone:.3g} % of the backbone"
     rows = [

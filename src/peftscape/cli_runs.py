@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,7 +171,7 @@ def export(
 def predict(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
     data: Annotated[Path, typer.Argument(metavar="DATA.csv", help="CSV, TSV, JSON lines or Parquet.")],
-    text: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
+    text: Annotated[str, typer.Option(help="The column with the texts, or with their words.")] = "text",
     pair: Annotated[str | None, typer.Option(help="The column with the second texts, or with completions.")] = None,
     options: Annotated[str | None, typer.Option(help="The column with the answers to choose from.")] = None,
     generate: Annotated[
@@ -189,7 +190,7 @@ def predict(
     names = [name for name in (text, pair, options) if name is not None]
     if errors := [f'no column "{n}"{nearest(n, table.names)}' for n in names if n not in table.names]:
         raise InputError(data.name, errors)
-    columns = [["" if value is None else str(value) for value in table.column(name)] for name in names]
+    columns = [[str(_cell(value)) for value in table.column(name)] for name in names]
     answers = None
     if options is not None:
         unread: list[str] = []
@@ -205,21 +206,37 @@ def predict(
     found: list[dict[str, Any]]
     if generate is not None:
         found = [{"continuation": said} for said in loaded.generate(columns[0], most=generate)]
+    elif loaded.card.head == "token":
+        found = loaded.predict([_words(cell) for cell in columns[0]])
     else:
         found = loaded.predict(columns[0], columns[1] if pair else None, options=answers)
     if as_json:
         print_json(found)
         return
-    heads = [
-        key for key in ("label", "score", "loss", "perplexity", "tokens", "continuation") if found and key in found[0]
-    ]
-    rows = ([*texts, *(answer[key] for key in heads)] for *texts, answer in zip(*columns, found, strict=True))
+    shown = ("label", "score", "labels", "scores", "loss", "perplexity", "tokens", "continuation")
+    heads = [key for key in shown if found and key in found[0]]
+    rows = ([*texts, *(_cell(answer[key]) for key in heads)] for *texts, answer in zip(*columns, found, strict=True))
     if out is None:
         _write(sys.stdout, [*names, *heads], rows)
     else:
         with out.open("w", encoding="utf-8", newline="") as file:
             _write(file, [*names, *heads], rows)
         show(str(out))
+
+
+def _cell(value: Any) -> Any:
+    """A value as one cell of a table: lists as JSON, nothing as no text."""
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else value
+
+
+def _words(cell: str) -> list[str]:
+    """The words of a text, which is a list of them as JSON, or has blanks between them."""
+    from peftscape.search.language_examples import parsed
+
+    words = parsed(cell)
+    return [str(word) for word in words] if isinstance(words, list) else cell.split()
 
 
 def _write(file: Any, heads: list[str], rows: Any) -> None:

@@ -1,14 +1,16 @@
 """Trials that were stopped at a rung: never on a front, named with their rung, and what stopping them saved."""
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
+import pytest
 import synthetic
 
 from peftscape.analysis.figures import front_figure, hovers
 from peftscape.analysis.front import front
-from peftscape.analysis.more_figures import rung_figure
+from peftscape.analysis.more_figures import rung_figure, tuning_figure
 from peftscape.analysis.notes import spent
 from peftscape.analysis.report import write_report
 from peftscape.analysis.sources import Study
@@ -53,6 +55,15 @@ def test_a_score_at_a_rung_makes_no_member_of_a_front_and_no_figure_of_a_budget(
     # 5 trials cost something: those that ended and those that were stopped, which count as the worst.
     mean = (0.80 + 0.82 + 0.84 + 0.80 + 0.80) / 5
     assert abs(curve.expected[0] - mean) < 1e-9
+    # Over all draws of n of the 5: the mean of their best score and of what they trained.
+    trials = [(0.80, 6400), (0.82, 6400), (0.84, 6400), (0.80, 640), (0.80, 1920)]
+    for n, best, work in zip(curve.trials, curve.expected, curve.work, strict=True):
+        draws = list(itertools.combinations(trials, int(n)))
+        assert best == pytest.approx(sum(max(score for score, _ in draw) for draw in draws) / len(draws))
+        assert work == pytest.approx(sum(sum(ex for _, ex in draw) for draw in draws) / len(draws) / 6400)
+    figure = tuning_figure({"all methods": curve}, "accuracy")
+    assert figure["data"][-1]["x"] == curve.work.tolist()
+    assert "Whole trainings" in str(figure["layout"]["xaxis"]["title"])
     (early,) = [t for t in front_figure(of, SHOWN[0])["data"] if t["name"].startswith("stopped early")]
     assert dict(zip(early["customdata"], early["y"], strict=True)) == {3: 0.7, 4: 0.95, 5: 0.7}
     assert "stopped at rung 2 (1,920 examples)" in hovers(of)[4]

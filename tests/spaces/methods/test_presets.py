@@ -55,6 +55,8 @@ COUNTS = {
     "propetl": ONE + L * 2 * D * M,
     "propetl_lora": 2 * (1 + L) * 32 * 2 * D,
     "propetl_prefix": (1 + L) * 2 * 64 * D,
+    # Twelve heads of 64 on q, v and o, and the LoRA that they share.
+    "kernel_mix": L * (12 * (1 + 2 + 2) * (D + 64) + (2 + 4 + 4) * 2 * D),
 }
 
 

@@ -33,6 +33,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "adalora": {"method": "adalora", "rank": 8, "sites": LINEARS},
     "delta_lora": {"method": "delta_lora", "rank": 8, "sites": LINEARS},
     "qalora": {"method": "qalora", "rank": 8, "group": 8, "sites": LINEARS},
+    "kernel_mix": {"method": "kernel_mix_lite", "rank": 2, "sites": ["q", "v", "o"]},
     "vera": {"method": "vera", "rank": 16, "sites": LINEARS},
     "loha": {"method": "loha", "rank": 4, "sites": LINEARS},
     "lokr": {"method": "lokr", "rank": 4, "sites": LINEARS},

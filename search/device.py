@@ -1,0 +1,18 @@
+"""Numbers on their way to the device: a step on CUDA waits for none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def on_device(value: Tensor | np.ndarray[Any, Any] | Sequence[int], device: torch.device) -> Tensor:
+    """A tensor, an array or numbers on a device: to CUDA from pinned memory, so that the processor goes on."""
+    made = torch.as_tensor(value)
+    if device.type == "cuda" and made.device.type == "cpu":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
