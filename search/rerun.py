@@ -29,11 +29,11 @@ class _Again(AbstractContextManager[None]):
         self.make = make
 
     def __enter__(self) -> None:
-        self.now = self.make()
-        self.now.__enter__()
+        self.current = self.make()
+        self.current.__enter__()
 
     def __exit__(self, *why: Any) -> None:
-        self.now.__exit__(*why)
+        self.current.__exit__(*why)
 
 
 class Around(nn.Module):

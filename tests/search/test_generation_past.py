@@ -150,6 +150,7 @@ def test_what_is_written_is_what_transformers_writes_with_hf_peft(family: str) -
 
     two = cohort.backbone.sites.decoder_layers > 0
     config = copy.deepcopy(CONFIGS[family])
+    config._attn_implementation = "eager"
     model = (AutoModelForSeq2SeqLM if two else AutoModelForCausalLM).from_config(config).double().eval()
     base = getattr(model, str(model.base_model_prefix)) if family != "t5" else model
     base.load_state_dict(cohort.backbone.model.state_dict(), strict=False)
