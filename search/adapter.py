@@ -74,7 +74,8 @@ class Adapter:
             `{"label": ..., "score": its probability, "probabilities": {label: ...}}` for classes and options (equally
             named ones cannot be), `{"score": the number}` for regression, for language models
             `{"loss": of a token in nats, "perplexity": ..., "tokens": how many}`, and where words are labelled
-            `{"words": [...], "labels": [...], "scores": [...]}`, with None for a word beyond `max_length`.
+            `{"words": [...], "labels": [...], "scores": [...]}`, with None for a word beyond `max_length` or without a
+            token.
 
         Raises:
             InputError: texts that cannot be read; see `logits`.
@@ -125,7 +126,8 @@ class Adapter:
         """The most likely continuation of each prompt, at most `most` tokens; of a chat's adapter the next answer.
 
         Raises:
-            InputError: the adapter is not one of a language model, or a prompt has no tokens.
+            InputError: the adapter is not one of a language model, a prompt has no tokens or leaves no position, or the
+                tokenizer's chat template refuses a chat.
         """
         if self.language is None:
             raise InputError("generate", ["an adapter with a trained head says labels, not texts; use predict"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftscape.search.budget import drawn
 from peftscape.search.comparing import Comparing
 from peftscape.search.rung_study import SCORES
+from peftscape.search.s3delta_space import STRUCTURES
 from peftscape.search.session import design_costs
 from peftscape.search.shrink import within
 from peftscape.search.trial import Trial
@@ -121,7 +121,7 @@ class Asking:
 
     def _retests(self) -> int:
         """Lanes of the retest to come; the budget hears what others spent meanwhile."""
-        self.budget.others = drawn({name: said for name, said in self.workers.all().items() if name != self._me})
+        self.budget.hear(self.workers.all(), self._me)
         return self.settings.retest_seeds * (len(self.storage.front()) + 1)
 
     def _possible(self) -> Trial | None:
@@ -133,7 +133,8 @@ class Asking:
                 return found
             failure = Failure(kind="limit", message="; ".join(errors))
             self.storage.tell(trial, found.record(self.session, failure, state="pruned"), self._me)
-            self._instead(design)
+            if not self.storage.attr(STRUCTURES):  # a smaller one would be no structure, and take another's turn
+                self._instead(design)
         self.exhausted = True
         self.progress.say(f"{REFUSED_IN_A_ROW} designs in a row were over the limits: the search ends here")
         return None

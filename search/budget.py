@@ -109,6 +109,10 @@ class Budget:
         """Learn from a report that was written."""
         self.report_s = REPORT_GROWS * seconds + CLOSE_S
 
+    def hear(self, workers: Mapping[str, Mapping[str, Any]], me: str) -> None:
+        """Learn what the other workers spent and promised."""
+        self.others = drawn({name: said for name, said in workers.items() if name != me})
+
     # -- what may start ---------------------------------------------------------------------------------------------
 
     @property

@@ -7,6 +7,7 @@ configuration and the data on this disk. Only a model of an unknown family is bu
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftscape.search.budget import parameter_limit
 from peftscape.search.config_values import is_here, value_errors
+from peftscape.search.s3delta_space import Modules, budgets, within
 from peftscape.search.tables import TaskError, is_file_name
 from peftscape.search.task import load_task
 from peftscape.spaces.design import Design, Placement, Training
@@ -22,6 +24,7 @@ from peftscape.spaces.knobs import Domain
 from peftscape.spaces.presets import textbook
 from peftscape.spaces.price import adapter_size, costs
 from peftscape.spaces.space_file import read_space
+from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,6 +140,12 @@ def _priced(config: SearchConfig, known: Checked, task: Task | None) -> Checked:
         least = f"{cheapest.costs.trainable:,} parameters (head: {cheapest.costs.head:,})"
         error = f"budget.trainable: {limit:,} leaves no design; the cheapest trains {least}"
         return Checked(errors=(error,))
+    if config.search.sampler == "s3delta":
+        room = math.inf if limit is None else limit - price(Design()).trainable
+        try:
+            notes += within(Modules(space), budgets(config.search.s3delta.budgets, sites.parameters), room)[1]
+        except InputError as error:
+            return Checked(errors=tuple(f"{error.where}: {line}" for line in error.errors))
     published = [price(d) for d in textbook().values() if _holds(space, d)] if config.search.textbook else []
     designs, continuous = space.count()
     return replace(

@@ -13,7 +13,7 @@ from peftscape.search.budget import parse_bytes, parse_duration
 from peftscape.search.embedded import EMBEDDED_MODELS, MissingPackageError
 from peftscape.search.metrics import METRICS
 from peftscape.search.rungs import rungs_of
-from peftscape.search.s3delta_space import budgets, space_errors
+from peftscape.search.s3delta_space import Modules, budgets, space_errors, within
 from peftscape.search.task import check_task
 from peftscape.spaces.record import COSTS
 from peftscape.spaces.sites import SiteError, SiteMap, site_map
@@ -129,9 +129,11 @@ def _s3delta(config: SearchConfig, sites: SiteMap | None) -> list[str]:
         for key in ("temperature", "alpha_lr")
         if not 0 < (value := getattr(settings, key)) < math.inf
     ]
+    is_known = sites is not None
     sites = sites or site_map({"model_type": "bert"})
+    wanted: tuple[int, ...] = ()
     try:
-        budgets(settings.budgets, sites.parameters)
+        wanted = budgets(settings.budgets, sites.parameters)
     except ValueError as error:
         errors.append(f"search.s3delta.budgets: {error}")
     try:
@@ -139,6 +141,11 @@ def _s3delta(config: SearchConfig, sites: SiteMap | None) -> list[str]:
     except InputError:  # told elsewhere
         return errors
     found = [f"space.{line}" for line in space_errors(space)]
+    if is_known and wanted and space.slots and not found:
+        try:
+            within(Modules(space), wanted)
+        except InputError as error:
+            errors += [f"{error.where}: {line}" for line in error.errors]
     return errors + found + (['space: one that S3Delta can choose from is the preset "s3delta"'] if found else [])
 
 

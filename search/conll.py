@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from peftscape.search.tables import Table, TaskError, from_columns
@@ -10,7 +11,9 @@ _DOCUMENT = "-DOCSTART-"
 
 
 def read_conll(source: str, path: Path, limit: int | None = None) -> Table:
-    """The columns `tokens`, the first of each line, and `tags`, the last; lines of -DOCSTART- are left out.
+    """The columns `tokens`, the first of each line, and `tags`, the last; blanks and tabs stand between columns.
+
+    Lines of -DOCSTART- are left out, and MultiCoNER's `# id ...` before a text.
 
     Raises:
         TaskError: a line has a word and no label.
@@ -20,8 +23,10 @@ def read_conll(source: str, path: Path, limit: int | None = None) -> Table:
     labels: list[str] = []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
-            cells = line.split()
-            if not cells or cells[0] == _DOCUMENT:
+            cells = re.split(r"[ \t]+", line.strip(" \t\r\n"))
+            if not words and cells[:2] == ["#", "id"]:
+                continue
+            if cells[0] in ("", _DOCUMENT):
                 if words:
                     rows.append((words, labels))
                 words, labels = [], []

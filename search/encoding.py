@@ -51,12 +51,12 @@ class Asked:
 class EncodedSplit:
     """Token ids of each example, special tokens included, without padding.
 
-    `types` are token type ids, None where the tokenizer makes none. `lengths` counts tokens after cutting,
-    `cut` the examples that were too long. `scored` marks the tokens that a language model has to predict, in any but
-    the first place; with `choices` every sequence is one answer, and an example has several; with `owners` an example
-    is a part of a longer text, and that text's number; with `words`, which mark the first token of each labelled word,
-    a target holds the labels of those words. For an encoder-decoder
-    `sources` are what its encoder reads, where that is not what it writes. With `asked` the targets are texts.
+    `types` are token type ids, None where the tokenizer makes none. `lengths` counts tokens after cutting, `cut` the
+    examples that were too long, or left out with none of their words a token. `scored` marks the tokens that a language
+    model has to predict, in any but the first place; with `choices` every sequence is one answer, and an example has
+    several; with `owners` an example is a part of a longer text, and that text's number; with `words`, which mark the
+    first token of each labelled word, a target holds the labels of those words. For an encoder-decoder `sources` are
+    what its encoder reads, where that is not what it writes. With `asked` the targets are texts.
     """
 
     ids: list[Ids]

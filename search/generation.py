@@ -7,7 +7,7 @@ positions change with the length of the text, runs the whole texts again at ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 #: The likeliest words after texts, by their numbers (lane * prompts + prompt, ascending), of which this was said.
 Words = Callable[[Numbers, list[list[int]]], list[int]]
-#: Bytes of keys and values that `written` keeps at a time.
+#: Of each of some prompts, by their numbers, what each lane says behind it: lanes x prompts.
+Said = tuple[list[int], list[list[list[int]]]]
+#: Bytes of keys and values that `in_chunks` keeps at a time.
 PAST_BYTES = 1 << 29
 
 
@@ -41,11 +43,13 @@ def generate(
         ends: tokens after one of which an answer is over; it is not part of it.
         again: run the whole texts at every step, as where nothing can be kept.
     """
+    room = _room(cohort, prompts)
+    most = min(most, max(0, int(room.max())))
     whole = again or not keeps_past(cohort.backbone)
     words = _Whole(cohort, prompts) if whole else _Following(cohort, prompts, most)
     cache, cohort.cache = cohort.cache, None  # these texts are no examples
     try:
-        said: torch.Tensor = cohort.forward.with_own_weights(lambda: _said(cohort, words, prompts, most, ends))
+        said: torch.Tensor = cohort.forward.with_own_weights(lambda: _said(words, room.reshape(-1), most, ends))
     finally:
         cohort.cache = cache
     return [[row[row >= 0].tolist() for row in texts] for texts in said.view(len(cohort.lanes), len(prompts), most)]
@@ -66,32 +70,52 @@ def past_bytes(backbone: Backbone) -> int:
     return 2 * (sites.decoder_layers or sites.layers) * sites.d_kv * backbone.dtype.itemsize
 
 
-def written(cohort: Cohort, asked: Asked, tokens: int) -> NDArray[Any]:
-    """lanes x prompts: the texts that follow the prompts.
+def in_chunks(
+    cohort: Cohort, prompts: Sequence[Ids], *, most: int, ends: frozenset[int], tokens: int, size: int | None = None
+) -> Iterator[Said]:
+    """What `generate` gives, chunk by chunk, the shortest prompts first.
 
-    Of so many prompts at once that all lanes' texts have about `tokens` tokens, and that their keys and values (see
-    `past_bytes`) fit in half a GiB, `PAST_BYTES`; of one at least.
+    Args:
+        tokens: about how many all lanes' texts of a chunk have, their longest answers included, and fewer where their
+            keys and values (see `past_bytes`) would not fit in half a GiB, `PAST_BYTES`; of one prompt at least.
+        size: prompts of a chunk, at most.
     """
-    order = np.argsort([len(row) for row in asked.prompts], kind="stable")
-    longest = max(map(len, asked.prompts)) + asked.most + max(lane.design.prompt_length() for lane in cohort.lanes)
+    if not prompts:
+        return
+    order = np.argsort([len(row) for row in prompts], kind="stable")
+    most = min(most, max(0, int(_room(cohort, prompts).max())))
+    longest = max(map(len, prompts)) + most + max(lane.design.prompt_length() for lane in cohort.lanes)
     tokens = min(tokens, PAST_BYTES // past_bytes(cohort.backbone))
-    size = max(1, tokens // (longest * len(cohort.lanes)))
-    out = np.full((len(cohort.lanes), len(order)), "", dtype=object)
+    size = max(1, min(size or len(order), tokens // (longest * len(cohort.lanes))))
     for start in range(0, len(order), size):
         rows = order[start : start + size].tolist()
-        said = generate(cohort, [asked.prompts[i] for i in rows], most=asked.most, ends=asked.ends)
+        yield rows, generate(cohort, [prompts[i] for i in rows], most=most, ends=ends)
+
+
+def written(cohort: Cohort, asked: Asked, tokens: int) -> NDArray[Any]:
+    """lanes x prompts: the texts that follow the prompts, `in_chunks` of about so many tokens."""
+    out = np.full((len(cohort.lanes), len(asked.prompts)), "", dtype=object)
+    for rows, said in in_chunks(cohort, asked.prompts, most=asked.most, ends=asked.ends, tokens=tokens):
         for lane, texts in enumerate(said):
             out[lane, rows] = [asked.decode(text) for text in texts]
     return out
 
 
-def _said(cohort: Cohort, words: Words, prompts: Sequence[Ids], most: int, ends: frozenset[int]) -> torch.Tensor:
-    """lanes * prompts x most: the tokens of each answer, then -1."""
-    lanes, count = len(cohort.lanes), len(prompts)
-    said: list[list[int]] = [[] for _ in range(lanes * count)]
+def _room(cohort: Cohort, prompts: Sequence[Ids]) -> Numbers:
+    """lanes x prompts: for how many tokens behind a prompt the model has positions."""
     read = np.array([1 if cohort.backbone.sites.decoder_layers else len(prompt) for prompt in prompts])
     ahead = np.array([lane.design.position_shift() for lane in cohort.lanes])
-    room = ((cohort.backbone.sites.max_positions or 1 << 30) - ahead[:, None] - read).reshape(-1)
+    room: Numbers = (cohort.backbone.sites.max_positions or 1 << 30) - ahead[:, None] - read
+    return room
+
+
+def _said(words: Words, room: Numbers, most: int, ends: frozenset[int]) -> torch.Tensor:
+    """lanes * prompts x most: the tokens of each answer, then -1.
+
+    Args:
+        room: for how many tokens each has positions.
+    """
+    said: list[list[int]] = [[] for _ in room]
     over = room <= 0
     for _ in range(most):
         live = np.flatnonzero(~over)

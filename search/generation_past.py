@@ -90,11 +90,11 @@ class Past:
         self.keys: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
         self.pair = _pair_cache() if backbone.sites.decoder_layers else None
-        self._read: dict[int, dict[str, Tensor]] = {}
+        self._read: dict[tuple[int, str], dict[str, Tensor]] = {}
 
-    def of(self, group: Group) -> dict[str, Tensor]:
-        """What a group's method has read of these texts."""
-        return self._read.setdefault(id(group), {})
+    def of(self, group: Group, side: str) -> dict[str, Tensor]:
+        """What a group's method has read of these texts on one side of its site: input or output."""
+        return self._read.setdefault((id(group), side), {})
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What an encoder-decoder needs besides its tokens: transformers' cache, and an encoder that has run."""

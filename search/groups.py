@@ -50,36 +50,37 @@ class Group:
     def method(self) -> Method:
         return self.placement.method
 
-    def values(self, dtype: torch.dtype, batch: Batch | None = None) -> Lanes:
+    def values(self, dtype: torch.dtype, batch: Batch | None = None, side: str = "output") -> Lanes:
         """What `apply` sees: each lane's own tensors, in the dtype of the computation where they are stacked."""
         own = {name: [m[name] for m in self.members] for name in self.members[0] if name not in self.frozen}
-        text = {"text": self.text(batch)} if self.method.needs_text and batch is not None else {}
+        text = {"text": self.text(batch, side)} if self.method.needs_text and batch is not None else {}
         return Lanes(self.numbers | self.frozen | text, own, dtype)
 
     def output(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
         """What the site gives, adapted."""
         p = self.values(y.dtype, batch)
         with noting(self.ran):
-            return self._composed(p, x, y, self.method.apply(p, x, y), batch)
+            return self._composed(p, x, y, self.method.apply(p, x, y), batch, "output")
 
     def input(self, x: Tensor, batch: Batch) -> Tensor:
         """What the site reads, adapted."""
-        p = self.values(x.dtype, batch)
+        p = self.values(x.dtype, batch, "input")
         with noting(self.ran):
-            return self._composed(p, x, x, self.method.apply_input(p, x), batch)
+            return self._composed(p, x, x, self.method.apply_input(p, x), batch, "input")
 
     def gate(self, x: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
         """lanes x texts x 1, from what the site's module reads."""
         p = self.values(dtype)
-        return gated(x, p.gate, p.gate_bias, self.text(batch))
+        return gated(x, p.gate, p.gate_bias, self.text(batch, "output"))
 
-    def text(self, batch: Batch) -> Text:
+    def text(self, batch: Batch, side: str) -> Text:
+        """The group's texts, for what is done on this side of the site."""
         text = batch.layout.lanes(self.first, self.count)
-        return text if batch.past is None else replace(text, past=batch.past.of(self))
+        return text if batch.past is None else replace(text, past=batch.past.of(self, side))
 
-    def _composed(self, p: Lanes, x: Tensor, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+    def _composed(self, p: Lanes, x: Tensor, before: Tensor, after: Tensor, batch: Batch, side: str) -> Tensor:
         if self.placement.gate:
-            text = self.text(batch)
+            text = self.text(batch, side)
             after = before + text.spread(gated(x, p.gate, p.gate_bias, text)) * (after - before)
         if self.placement.weighed:
             after = before + p.strength.unsqueeze(1) * (after - before)

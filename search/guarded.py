@@ -143,8 +143,8 @@ class Guarded(Cohort):
             return
         everyone = list(self.lanes)
         failure = self._tried([lane], lambda part: prepare(lane, self))
-        while failure is not None and failure.kind == "out of memory" and 2 * self.cuts <= self._most_cuts:
-            self.cuts *= 2
+        while failure is not None and failure.kind == "out of memory" and self.cuts < self._most_cuts:
+            self.cuts = min(2 * self.cuts, self._most_cuts)
             failure = self._tried([lane], lambda part: prepare(lane, self))
         self.cuts = 1
         if [id(other) for other in everyone] != [id(other) for other in self.lanes]:
@@ -288,8 +288,8 @@ class Guarded(Cohort):
 
     @property
     def _most_cuts(self) -> int:
-        """Into how many parts a training pass can be cut."""
-        return max(1, self.batch_size // self.passes)
+        """Into how many parts a training pass can be cut: the largest is one of single examples then."""
+        return -(-self.batch_size // self.passes)
 
     def _cuts(self, work: _Work, lane: Lane) -> int:
         return self.memory.cuts.get((work.name, lane.design.digest), 1)
@@ -302,8 +302,8 @@ class Guarded(Cohort):
             torch.cuda.empty_cache()
         broken = [lane for lane in part if lane.step != len(lane.losses)]  # interrupted in their update
         alone = len(part) == 1 and not broken
-        if failure.kind == "out of memory" and alone and 2 * self.cuts <= work.most:
-            self.memory.cuts[work.name, part[0].design.digest] = 2 * self.cuts
+        if failure.kind == "out of memory" and alone and self.cuts < work.most:
+            self.memory.cuts[work.name, part[0].design.digest] = min(2 * self.cuts, work.most)
             self.memory.width = None  # it was this lane that did not fit
             return [part]
         half = -(-len(part) // 2) if failure.kind == "out of memory" else 1

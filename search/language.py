@@ -97,11 +97,18 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any, *, answer: bool = F
     """A chat by the tokenizer's template; with `answer` up to where the assistant begins to speak.
 
     Raises:
-        InputError: the tokenizer has no template.
+        InputError: the tokenizer has no template, or its template refuses these messages.
     """
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("task.messages", ["the tokenizer has no chat template; give prompt and completion instead"])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+    except TemplateError as error:
+        roles, begins = ", ".join(m["role"] for m in messages), messages[0]["content"][:60]
+        why = f'the template refuses the chat that begins with "{begins}" (messages by {roles}): {error}'
+        raise InputError("task.messages", [why]) from None
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any, row: int) -> tuple[str, Spans]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peftscape.search.tables import Table
 
 _ROLES = ("system", "user", "assistant", "tool")
+#: What a chat needs besides its shape.
+ANSWERED = "one of them by the assistant, but not the first"
 
 
 def read_chats(table: Table, column: str, errors: list[str]) -> list[str]:
@@ -29,7 +31,7 @@ def read_chats(table: Table, column: str, errors: list[str]) -> list[str]:
         if not is_chat(chat):
             errors.append(
                 f'task.messages: row {i + 1} of {table.source} is no list of messages such as {{"role": "user", '
-                '"content": "..."}, one of them by the assistant'
+                f'"content": "..."}}, {ANSWERED}'
             )
             return []
         chats.append(json.dumps([{"role": m["role"], "content": m["content"]} for m in chat], ensure_ascii=False))
@@ -37,11 +39,18 @@ def read_chats(table: Table, column: str, errors: list[str]) -> list[str]:
 
 
 def is_chat(chat: Any) -> bool:
-    """Whether it is a list of messages, one of them by the assistant."""
-    shaped = isinstance(chat, list) and all(
-        isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in chat
+    """Whether it is a list of messages in which the assistant answers."""
+    roles = [m["role"] for m in chat] if are_messages(chat) else []
+    return "assistant" in roles[1:] and roles[0] != "assistant" and set(roles) <= set(_ROLES)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether it is a list of messages, of which there is one at least."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get(k), str) for m in value for k in ("role", "content"))
     )
-    return shaped and any(m["role"] == "assistant" for m in chat)
 
 
 def read_options(table: Table, column: str, errors: list[str]) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from peftscape.search.encoding import NO_OPTION, EncodedSplit
 from peftscape.search.language import rendered
 from peftscape.search.language_asked import answer_ends
 from peftscape.search.language_encoding import encode_choices, encode_language
-from peftscape.search.language_examples import is_chat, parsed
+from peftscape.search.language_examples import ANSWERED, are_messages, is_chat, parsed
 from peftscape.search.seq2seq_encoding import encode_pair_choices, encode_pairs
 from peftscape.search.tables import TaskError
 from peftscape.spaces.words import InputError
@@ -68,7 +68,7 @@ def said_of(
                     "predict", ["completions: the adapter says how likely these are; `generate` makes some"]
                 )
             if wrong := [i for i, text in enumerate(texts) if language.form == "chat" and not is_chat(parsed(text))]:
-                raise InputError("predict", [f"text {i} is no list of messages as JSON" for i in wrong[:5]])
+                raise InputError("predict", [f"text {i} is no list of messages as JSON, {ANSWERED}" for i in wrong[:5]])
             encoded = learnt(Split(list(texts), None, targets, second), language, tokenizer, adapter.card.max_length)
     except TaskError as error:
         raise InputError("predict", list(error.errors)) from None
@@ -94,8 +94,8 @@ def _by_text(rows: NDArray[Any], owners: NDArray[np.int64] | None, count: int) -
 
 def continued(adapter: Adapter, language: Language, prompts: Sequence[str], most: int, batch_size: int) -> list[str]:
     """See `Adapter.generate`."""
-    from peftscape.search.cohort import Cohort
-    from peftscape.search.generation import generate
+    from peftscape.search.cohort import EVALUATION_TOKENS, Cohort
+    from peftscape.search.generation import in_chunks
 
     tokenizer = adapter.tokenizer()
     chat = language.form == "chat"
@@ -111,19 +111,21 @@ def continued(adapter: Adapter, language: Language, prompts: Sequence[str], most
     if empty := [i for i, row in enumerate(ids) if not len(row)]:
         raise InputError("generate", [f"prompt {i} has no tokens" for i in empty[:5]])
     room, two = adapter.backbone.sites.max_positions, adapter.backbone.sites.decoder_layers > 0
-    if room and (long := [i for i, row in enumerate(ids) if len(row) + (not two) > room]):
+    ahead = 0 if two else adapter.design.position_shift()
+    if room and (long := [i for i, row in enumerate(ids) if len(row) + ahead + (not two) > room]):
         why = f"tokens, which leaves no room in the model's {room:,} positions"
+        why += f", of which the design takes {ahead:,}" if ahead else ""
         raise InputError("generate", [f"prompt {i} has {len(ids[i]):,} {why}" for i in long[:5]])
     nothing = np.zeros(len(ids), dtype=np.float32)
     split = EncodedSplit(ids, None, nothing, 0, np.array([len(row) for row in ids]))
     cohort = Cohort(adapter.backbone, adapter.head, split, batch_size=batch_size)
     cohort.admit(adapter.lane())
     ends = answer_ends(tokenizer, chat=chat)
-    found: list[str] = []
+    found = [""] * len(ids)
     try:
-        for start in range(0, len(ids), batch_size):
-            (said,) = generate(cohort, ids[start : start + batch_size], most=most, ends=ends)
-            found += [tokenizer.decode(row, skip_special_tokens=True) for row in said]
+        for rows, (said,) in in_chunks(cohort, ids, most=most, ends=ends, tokens=EVALUATION_TOKENS, size=batch_size):
+            for i, row in zip(rows, said, strict=True):
+                found[i] = tokenizer.decode(row, skip_special_tokens=True)
     finally:
         cohort.close()
     return found
@@ -135,4 +137,4 @@ def _messages(prompt: str) -> list[dict[str, str]]:
         value = json.loads(prompt)
     except ValueError:
         value = None
-    return value if isinstance(value, list) else [{"role": "user", "content": prompt}]
+    return value if are_messages(value) else [{"role": "user", "content": prompt}]

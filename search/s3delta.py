@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peftscape.search.progress import show
 from peftscape.search.s3delta_net import SuperNet, super_net
-from peftscape.search.s3delta_space import STRUCTURES, Modules, budgets
+from peftscape.search.s3delta_space import STRUCTURES, Modules, budgets, within
 from peftscape.search.session import design_costs
 from peftscape.search.stopping import HangError
 from peftscape.spaces.design import Design, Training
 from peftscape.spaces.knobs import Domain
 from peftscape.spaces.space_file import read_space
-from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
@@ -44,21 +43,26 @@ def find_structures(
     What was interrupted begins anew, with the same seeds.
 
     Raises:
-        InputError: no budget holds some of the space's modules and not all of them.
+        InputError: no budget holds some of the space's modules and not all of them, or `budget.trainable` none.
     """
     while storage.attr(STRUCTURES) is None and not budget.over():
         session.guards["stop"].check()
         with storage.lock():
-            holder = storage.attr(HOLDER)
-            mine = holder is None or workers.dead(holder, workers.all())
+            holder, known = storage.attr(HOLDER), workers.all()
+            mine = holder is None or workers.dead(holder, known)
             if mine:
                 storage.set_attr(HOLDER, workers.name)
+                budget.hear(known, workers.name)
         if not mine:
             with budget.account.spending("waiting_s"):
                 time.sleep(LOOK_S)
             continue
         found = _Search(session, storage, budget, progress).run()
-        storage.set_attr(STRUCTURES, found)
+        if not found:
+            progress.say("S3Delta found no structure: TPE chooses the places too")
+        with storage.lock():  # one that was taken for dead leaves it to the worker that took its place
+            if storage.attr(STRUCTURES) is None and storage.attr(HOLDER) == workers.name:
+                storage.set_attr(STRUCTURES, found)
         # What a super-net's step takes says little of a trial's.
         budget.lane_step_s = None
 
@@ -79,12 +83,13 @@ class _Search:
         room = math.inf
         if self.budget.trainable is not None:
             room = self.budget.trainable - design_costs(self.session, Design()).trainable
-        wanted = {int(min(limit, room)) for limit in budgets(settings.budgets, sites.parameters)}
-        limits = within(modules, wanted)
+        limits, notes = within(modules, budgets(settings.budgets, sites.parameters), room)
+        for note in notes:
+            self.progress.say(note)
         seeds = [config.search.seed + i for i in range(settings.seeds)]
         steps = self._steps(len(limits) * len(seeds))
         if steps < 2:
-            self.progress.say("the budget leaves no room for S3Delta's super-nets: TPE chooses the places too")
+            self.progress.say("the budget leaves no room for S3Delta's super-nets")
             return []
         nets = [
             super_net(
@@ -94,10 +99,15 @@ class _Search:
             for limit in limits
             for seed in seeds
         ]  # fmt: skip
-        self._train(nets)
+        try:
+            self._train(nets)
+        except BaseException:  # an interruption too: they begin anew
+            self.budget.account.lose(sum(net.wall_s for net in nets))
+            raise
         found = [self._structure(modules, net) for net in nets if net.failure is None and net.step > 1]
         for net in nets:
             if net.failure is not None:
+                self.budget.account.lose(net.wall_s)
                 self.progress.say(f"a super-net of {net.budget:,} parameters failed: {net.failure.message}")
         return list({str(row["layers"]): row for row in found}.values())
 
@@ -113,19 +123,20 @@ class _Search:
         """Train super-nets, as many at once as a search trains lanes, for at most their part of the time."""
         width = self.session.config.search.lanes
         parts = [nets[i : i + width] for i in range(0, len(nets), width)]
+        end = time.monotonic() + self.budget.part_left(SHARE)[0]
         for i, part in enumerate(parts):
-            seconds, _ = self.budget.part_left(SHARE)
-            self._train_part(part, seconds / (len(parts) - i))
+            now = time.monotonic()
+            self._train_part(part, now + (end - now) / (len(parts) - i))
         trained, steps = min(net.step for net in nets), nets[0].steps
         if trained < steps and all(net.failure is None for net in nets):
             self.progress.say(
                 f"S3Delta's super-nets were stopped after {trained} of {steps} steps: half of the time is over"
             )
 
-    def _train_part(self, nets: Sequence[SuperNet], seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def _train_part(self, nets: Sequence[SuperNet], end: float) -> None:
         cohort = self.session.cohort()
         cohort.checkpoints = None  # a lane that is saved is a design's
+        cohort.memory = replace(cohort.memory, known={}, cuts={})  # what fits of super-nets says nothing of trials
         cohort.admit(*nets)
         try:
             while cohort.lanes and time.monotonic() < end and not self.budget.over():
@@ -150,21 +161,6 @@ class _Search:
             "budget": net.budget, "seed": net.seed, "steps": net.step, "parameters": size,
             "layers": modules.by_slot(kept), "probabilities": [round(value, 6) for value in p],
         }  # fmt: skip
-
-
-def within(modules: Modules, wanted: set[int]) -> list[int]:
-    """The budgets that leave something to choose, ascending.
-
-    Raises:
-        InputError: none does.
-    """
-    least = min((module.size for module in modules.all), default=0)
-    most = sum(module.size for module in modules.all)
-    limits = sorted(limit for limit in wanted if least <= limit < most)
-    if not limits:
-        said = f"{least:,} to below {most:,} parameters were expected, which some of the space's modules have"
-        raise InputError("search.s3delta.budgets", [f"{said}, not {', '.join(f'{n:,}' for n in sorted(wanted))}"])
-    return limits
 
 
 def middle(space: Space) -> Training:

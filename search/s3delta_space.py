@@ -5,6 +5,7 @@ A module is kept or left out; sizes are given. No torch here: `check` reads this
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from peftscape.spaces.knobs import Domain
 from peftscape.spaces.methods import method as find
 from peftscape.spaces.methods.base import Method
 from peftscape.spaces.sites import kind_in
+from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.spaces.knobs import Value
@@ -120,6 +122,28 @@ def budgets(text: str, backbone: int) -> tuple[int, ...]:
             raise ValueError(f'a list such as "0.01%, 0.1%" or "2000, 20000" was expected, not "{word:.40}"')
         found.add(value)
     return tuple(sorted(found))
+
+
+def within(modules: Modules, wanted: Sequence[int], room: float = math.inf) -> tuple[list[int], list[str]]:
+    """The budgets that leave something to choose, none above `room`, ascending; and a line on those that do not.
+
+    Args:
+        room: parameters that `budget.trainable` leaves beside the head.
+
+    Raises:
+        InputError: none does.
+    """
+    least = min((module.size for module in modules.all), default=0)
+    most = sum(module.size for module in modules.all)
+    if room < least:
+        said = f"it leaves {max(room, 0):,} parameters beside the head; the least module of the space has {least:,}"
+        raise InputError("budget.trainable", [said])
+    found = sorted({int(min(limit, room)) for limit in wanted if least <= min(limit, room) < most})
+    useless = ", ".join(f"{limit:,}" for limit in wanted if not least <= min(limit, room) < most)
+    said = f"{least:,} to below {most:,} parameters were expected, which some of the space's modules have"
+    if not found:
+        raise InputError("search.s3delta.budgets", [f"{said}, not {useless}"])
+    return found, [f"search.s3delta.budgets: {said}: {useless} left out"] if useless else []
 
 
 def space_errors(space: Space) -> list[str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftscape.search.account import Account
-from peftscape.search.budget import Budget, drawn, parameter_limit, parse_bytes, parse_duration
+from peftscape.search.budget import Budget, parameter_limit, parse_bytes, parse_duration
 from peftscape.search.crew import crew
 from peftscape.search.database import CHECKPOINTS, REPORT, WORKERS
 from peftscape.search.disk import writing
 from peftscape.search.progress import SearchProgress
+from peftscape.search.s3delta_space import STRUCTURES
 from peftscape.search.stopping import HangError, Stop
 from peftscape.search.storage import ANOTHER, Storage
 from peftscape.search.workers import PREFIX, Workers
@@ -173,7 +174,8 @@ class _Run:
             cut = {name: getattr(session.data, name).cut for name in ("train", "validation", "test")}
             storage.set_attr("cut", cut)
         if any(cut.values()):
-            self.progress.say(f"{sum(cut.values())} texts are longer than the model takes, and are cut")
+            why = "longer than the model takes, or without a token"
+            self.progress.say(f"{sum(cut.values())} texts are cut or left out: {why}")
         budget.trainable = parameter_limit(self.config.budget.trainable, session.backbone.sites.parameters)
         # A forward pass is a third of a step.
         validation, test = session.data.validation.ids, session.data.test.ids
@@ -199,7 +201,7 @@ class _Run:
     def _retest(self, session: Session) -> None:
         from peftscape.search.retest import retest
 
-        self.budget.others = drawn({k: v for k, v in self.workers.all().items() if k != self.workers.name})
+        self.budget.hear(self.workers.all(), self.workers.name)
         self.budget.retesting = True
         before, known = self.account.device_s, len(self.storage.retests())
         try:
@@ -302,4 +304,6 @@ def _limits(
     if new != known:
         storage.set_attr("limits", new)
         storage.set_attr("finished", False)
+        if storage.attr(STRUCTURES) == []:  # for want of a budget: now there may be room
+            storage.set_attr(STRUCTURES, None)
     return limits

@@ -52,19 +52,22 @@ def word_logits(
     """Of each text which of its words have a token within the adapter's length, and their logits, words x labels.
 
     Raises:
-        InputError: the backbone has no tokenizer that knows words, or a text has no tokens.
+        InputError: the backbone has no tokenizer that knows words.
     """
     try:
         rows = word_tokens(adapter.tokenizer(), texts, adapter.card.max_length)
     except TaskError as error:
         raise InputError("predict", list(error.errors)) from None
-    firsts = [first_tokens(row.words) for row in rows]
-    if empty := [i for i, first in enumerate(firsts) if not first.any()]:
-        raise InputError("predict", [f"text {i} has no tokens" for i in empty[:5]])
+    marks = [first_tokens(row.words) for row in rows]
+    numbers = [row.words[first] for row, first in zip(rows, marks, strict=True)]
+    found = [np.zeros((len(own), adapter.card.outputs), dtype=np.float32) for own in numbers]
+    kept = [i for i, own in enumerate(numbers) if len(own)]
+    if not kept:
+        return numbers, found
+    rows, firsts = [rows[i] for i in kept], [marks[i] for i in kept]
     types = [row.types for row in rows if row.types is not None]
-    numbers = [row.words[first] for row, first in zip(rows, firsts, strict=True)]
-    lengths = np.array([len(row.ids) for row in rows])
-    split = EncodedSplit([row.ids for row in rows], types or None, objects(numbers), 0, lengths, words=firsts)
+    lengths, targets = np.array([len(row.ids) for row in rows]), objects([numbers[i] for i in kept])
+    split = EncodedSplit([row.ids for row in rows], types or None, targets, 0, lengths, words=firsts)
     cohort = Cohort(adapter.backbone, adapter.head, split, batch_size=batch_size)
     cohort.admit(adapter.lane())
     order = np.argsort(lengths, kind="stable")  # so that little is padded
@@ -72,4 +75,6 @@ def word_logits(
         parts = [cohort.logits([order[i : i + batch_size]], split) for i in range(0, len(order), batch_size)]
     finally:
         cohort.close()
-    return numbers, list(by_text(parts, order, split.targets)[0])
+    for i, row in zip(kept, by_text(parts, order, split.targets)[0], strict=True):
+        found[i] = row
+    return numbers, found

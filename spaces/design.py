@@ -147,6 +147,12 @@ class Weighed(Placement):
     weighed = True
     expands = True
 
+    def saved_floats(self, site: Site, tokens: int) -> int:
+        """Numbers that autograd keeps besides those of `keeps`; with the changes that are weighed."""
+        side = self.method.side(site)
+        width = (site.d_in if side != "output" else 0) + (site.d_out if side != "input" else 0)
+        return super().saved_floats(site, tokens) + tokens * width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:

@@ -128,16 +128,19 @@ def test_a_lane_that_does_not_fit_alone_runs_in_parts() -> None:
     assert cohort.memory.width is None
 
 
-def test_a_lane_of_which_no_example_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch", "tried"), [(BATCH, (8, 4, 2, 1)), (6, (6, 3, 2, 1))])
+def test_a_lane_of_which_no_example_fits_fails(
+    batch: int, tried: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Scarce, "fits", 0)
-    cohort = Scarce(backbone("bert", "float64"), head("bert", "float64"), split(), batch_size=BATCH)
+    cohort = Scarce(backbone("bert", "float64"), head("bert", "float64"), split(), batch_size=batch)
     own = lane(design(PLACEMENTS[0]), 0, "bert")
     cohort.admit(own)
     cohort.step()
     cohort.close()
     assert own.failure is not None
     assert (own.failure.kind, own.step) == ("out of memory", 0)
-    assert cohort.tried == [(1, n) for n in (8, 4, 2, 1)]
+    assert cohort.tried == [(1, n) for n in tried]
     assert all(value.grad is None for value in own.params.values())
 
 

@@ -13,6 +13,7 @@ from peftscape.search.encoding import encode
 from peftscape.search.export import load
 from peftscape.search.study import run_search
 from peftscape.search.task import TaskConfig, TaskError, load_task
+from peftscape.spaces.words import InputError
 
 
 def turn(role, content):
@@ -65,6 +66,19 @@ def test_of_a_chat_that_is_too_long_an_answer_stays(tmp_path):
         encode(task, made, 1)
 
 
+def test_chats_that_cannot_be_written_are_said(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    with pytest.raises(TaskError, match=r"row 2 of .*by the assistant, but not the first"):
+        load_task(task_of(path, [ANN, ANN[1:] * 2, ANN]))
+    made = tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    made.chat_template = refusal + TEMPLATE
+    for metric in ("loss", "exact_match"):
+        task = load_task(task_of(path, [[turn("system", "be brief"), *ANN]] * 20, metric=metric))
+        with pytest.raises(InputError, match=r'begins with "be brief" .*system, .*System role not supported'):
+            encode(task, made, 40)
+
+
 def test_a_search_is_scored_by_what_its_adapters_write(tmp_path):
     base = make_decoder(tmp_path / "model")
     task = TaskConfig(
@@ -89,3 +103,8 @@ def test_a_search_is_scored_by_what_its_adapters_write(tmp_path):
         np.mean([a == chat[-1]["content"] for a, chat in zip(said, chats, strict=True)])
     )
     assert record.validation > 0
+    # Other JSON is what a user says.
+    for words in ("[]", "[1, 2, 3]", '[{"role": "user"}]'):
+        assert adapter.generate([words], most=2) == adapter.generate([json.dumps([turn("user", words)])], most=2)
+    with pytest.raises(InputError, match="text 0 is no list of messages"):
+        adapter.predict([json.dumps(ANN[1:])])

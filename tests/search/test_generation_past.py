@@ -23,7 +23,7 @@ from peftscape.search import generation
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import Asked, EncodedSplit
-from peftscape.search.generation import generate, keeps_past, past_bytes, written
+from peftscape.search.generation import generate, in_chunks, keeps_past, past_bytes, written
 from peftscape.search.head import make_head
 from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
@@ -50,6 +50,7 @@ READERS: list[dict[str, Any]] = [
     {"method": "prefix_tuning", "length": 2},
     {"method": "prefix_tuning", "length": 3, "positions": "keep", "gate": True},
     {"method": "parallel_adapter", "size": 4, "gate": True, "drop": 1},
+    {"method": "boft", "gate": True},  # on both sides of a site
 ]
 
 
@@ -232,3 +233,21 @@ def test_as_many_prompts_at_once_as_their_keys_and_values_fit(monkeypatch: pytes
     monkeypatch.setattr(generation, "PAST_BYTES", 2 * 2 * (19 + 5 + 3) * past_bytes(cohort.backbone))
     assert written(cohort, asked, 1 << 14).tolist() == [[str(row) for row in lane] for lane in wanted]
     assert sizes == [2, 2]
+
+
+def test_no_more_is_kept_than_the_positions_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = opened(CONFIGS["gpt2"], [{"method": "lora"}, {"method": "prompt_tuning", "length": 3}])
+    room = CONFIGS["gpt2"].max_position_embeddings - 19
+    sizes: list[int] = []
+
+    class Watched(generation.Past):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            sizes.append(self.size)
+
+    monkeypatch.setattr(generation, "Past", Watched)
+    monkeypatch.setattr(generation, "PAST_BYTES", 2 * 2 * (19 + room + 3) * past_bytes(cohort.backbone))
+    chunks = list(in_chunks(cohort, PROMPTS[1:2] * 3, most=1 << 40, ends=frozenset(), tokens=1 << 14))
+    assert [rows for rows, _ in chunks] == [[0, 1], [2]]
+    assert [sorted({len(row) for texts in said for row in texts}) for _, said in chunks] == [[room - 3, room]] * 2
+    assert sizes == [19 + room + 3 - 1] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,10 @@ def test_learnt_completions_are_generated_and_exported(base, tmp_path):
     assert adapter.generate([*prompts, filler], most=3)[:-1] == answers
     with pytest.raises(InputError, match="prompt 1 has 64 tokens"):
         adapter.generate([prompts[0], f"{filler} what"])
+    shifted = Design.from_json({"placements": [{"method": "prompt_tuning", "length": 4}]})
+    crowded = replace(adapter, card=replace(adapter.card, design=shifted))
+    with pytest.raises(InputError, match=r"prompt 0 has 60 tokens, .* 64 positions, of which the design takes 4"):
+        crowded.generate([" ".join(["what"] * 60)])
     losses = [row["loss"] for row in adapter.predict(prompts, [f" {a}" for a in answers])]
 
     written = export(adapter.tensors, adapter.card, adapter.backbone, adapter.head, tmp_path / "peft")

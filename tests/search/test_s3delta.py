@@ -1,8 +1,7 @@
-"""S3Delta: gates that keep to a budget, super-nets that learn them, and the structures a search trains."""
+"""S3Delta: gates that keep to a budget, super-nets that learn them, and what is chosen by them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,24 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from commands import run
-from contract import BATCH, SITES, backbone, cohort, head, split
-from searches import make_base, tiny
-from transformers import AutoModel
+from contract import BATCH, CONFIGS, SITES, backbone, cohort, head, split
+from counted import kept_for
 
-from peftscape.search.account import Account
-from peftscape.search.budget import REPORT_S, Budget
-from peftscape.search.config import ModelConfig, S3DeltaSettings, SearchConfig
+from peftscape.search.backbone import Backbone
+from peftscape.search.check import check
+from peftscape.search.cohort import Cohort
+from peftscape.search.config import S3DeltaSettings
 from peftscape.search.config_file import read_config
+from peftscape.search.encoding import EncodedSplit
+from peftscape.search.head import Head
 from peftscape.search.lane import new_lane
-from peftscape.search.progress import SearchProgress
-from peftscape.search.s3delta import HOLDER, find_structures, middle, within
+from peftscape.search.s3delta import middle
 from peftscape.search.s3delta_gates import logits, sample, shift
 from peftscape.search.s3delta_net import ALPHA, SuperNet, super_net
-from peftscape.search.s3delta_space import Modules, budgets, params_of, space_errors
-from peftscape.search.session import open_session
-from peftscape.search.stopping import Stop
-from peftscape.search.storage import Storage
-from peftscape.search.workers import Workers
+from peftscape.search.s3delta_space import Modules, budgets, params_of, space_errors, within
+from peftscape.spaces.kept import kept as planned
 from peftscape.spaces.price import adapter_size
+from peftscape.spaces.profiles import PROFILES
 from peftscape.spaces.space_file import read_space
 from peftscape.spaces.words import InputError
 
@@ -129,9 +126,29 @@ def test_budgets_are_shares_or_numbers_that_leave_a_choice() -> None:
             budgets(wrong, 200_000)
     modules = Modules(read_space(MIXED, SITES["bert"]))
     most = sum(module.size for module in modules.all)
-    assert within(modules, {1, 400, most}) == [400]
-    with pytest.raises(InputError, match=r"parameters were expected.*not 1"):
-        within(modules, {1, most})
+    least = min(module.size for module in modules.all)
+    limits, (note,) = within(modules, (1, 400, most))
+    assert limits == [400]
+    assert f"modules have: 1, {most:,} left out" in note
+    assert within(modules, (400, 500, most), room=500) == ([400, 500], [])
+    with pytest.raises(InputError, match=rf"s3delta.budgets.*\n.*{least} to below .*not 1"):
+        within(modules, (1, most))
+    with pytest.raises(InputError, match=rf"budget.trainable.*\n.*leaves {least - 1} parameters.*has {least}"):
+        within(modules, (400,), room=least - 1)
+
+
+def test_a_check_finds_budgets_that_leave_no_choice() -> None:
+    table = {"task": {"name": "trec6"}, "space": "s3delta", "search": {"sampler": "s3delta"}}
+    with pytest.raises(InputError, match=r"search.s3delta.budgets: .* were expected.*not 1"):
+        read_config({**table, "search": {"sampler": "s3delta", "s3delta": {"budgets": "1"}}})
+    settings = {"sampler": "s3delta", "s3delta": {"budgets": "1, 2000"}}
+    config = read_config({**table, "search": settings})
+    (note,) = (line for line in check(config).notes if "s3delta" in line)
+    assert "modules have: 1 left out" in note
+    head = check(config).cheapest
+    assert head is not None
+    (error,) = check(read_config({**table, "search": settings, "budget": {"trainable": head.costs.head + 9}})).errors
+    assert error.startswith("budget.trainable: it leaves 9 parameters beside the head")
 
 
 def test_a_space_that_cannot_be_chosen_from_says_why(tmp_path: Path) -> None:
@@ -219,6 +236,30 @@ def test_gates_and_modules_learn_in_turn_on_halves_that_share_nothing() -> None:
     assert float(expected) == pytest.approx(400, abs=1e-5)
 
 
+def test_a_super_net_keeps_no_more_than_is_planned() -> None:
+    shape = Backbone.from_config(CONFIGS["bert"])
+    first = Head(shape, kind="class", outputs=2)
+    modules, real, told = Modules(read_space(MIXED, shape.sites)), [], []
+    for count, size in ((1, 20), (3, 20), (1, 28)):
+        ids = [np.random.default_rng(0).integers(3, 60, size=size) for _ in range(count)]
+        texts = EncodedSplit(ids, None, np.zeros(count, dtype=np.int64), 0, np.array([size] * count))
+        shared = Cohort(shape, first, texts, batch_size=count)
+        net = super_net(
+            modules, S3DeltaSettings(), middle(modules.space), budget=400, seed=0, steps=4, backbone=shape, head=first
+        )
+        shared.admit(net)
+        own = [*shape.model.parameters(), *shape.model.buffers(), *net.params.values()]
+        halves = []
+        for net.step in (0, 1):
+            halves.append(kept_for(own, lambda: shared.losses([np.arange(count)]).sum())[1])  # noqa: B023
+        shared.close()
+        real.append(max(halves))
+        profile = PROFILES["peftscape"]
+        told.append(planned(net.design, shape.sites, profile, tokens=size, batch=count, dtype="float32").total)
+    for there, here in zip(real[1:], told[1:], strict=True):
+        assert 1 <= (here - told[0]) / (there - real[0]) < 1.3
+
+
 @pytest.mark.parametrize("kept", [(), (1, 2, 6, 9)])
 def test_closed_gates_are_the_backbone_and_open_ones_the_design(kept: tuple[int, ...]) -> None:
     (net,) = nets("bert", (400, 0))
@@ -241,132 +282,3 @@ def test_closed_gates_are_the_backbone_and_open_ones_the_design(kept: tuple[int,
         outputs.append(shared.predict(split(), one)[0])
         shared.close()
     np.testing.assert_allclose(*outputs, atol=1e-6)
-
-
-# -- searches
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in which no token reads another, so that [CLS] knows no word, and FFNs give nothing whatever they do."""
-    path = make_base(tmp_path_factory.mktemp("s3delta"))
-    model = AutoModel.from_pretrained(path)
-    with torch.no_grad():
-        for layer in model.encoder.layer:
-            layer.attention.output.dense.weight.zero_()
-            layer.output.dense.weight.zero_()
-    model.save_pretrained(path)
-    return path
-
-
-#: Of these modules the two on `o` alone can let [CLS] know its text; they take 64 parameters each, the others 80.
-PLANTED = {
-    "slots": [slot(f"lora_{s}", "lora", sites=[s.partition("_")[0]], rank=1) for s in ("up", "up_2", "o", "up_3")],
-    "training": {"lr": {"log": [1e-2, 1e-1]}},
-}
-
-
-def planted(base: Path, examples: int) -> SearchConfig:
-    settings = {
-        "sampler": "s3delta", "batch_size": 16,
-        "s3delta": S3DeltaSettings(budgets="144", seeds=4, examples=examples),
-    }  # fmt: skip
-    return tiny(base, search=settings, space=PLANTED, model=ModelConfig(source=str(base), dtype="float32"))
-
-
-def found(base: Path, out: Path, examples: int, time_s: float | None = None) -> tuple[list[dict[str, Any]], Budget]:
-    """The structures of a search that trains no trial, from four super-nets; another worker dies looking for them."""
-    of = planted(base, examples)
-    session = open_session(of)
-    session.guards["stop"] = Stop()
-    storage, account = Storage(out, of), Account()
-    storage.set_attr(HOLDER, "another")
-    storage.set_attr("worker/another", {"beat": 7, "ended": False})
-    workers = Workers(storage.attrs, storage.set_attr, storage.lock, None, account, lease_s=0.1)
-    budget = Budget(trials=4, time_s=time_s, trainable=None, batch=of.search.batch_size, account=account)
-    with SearchProgress(quiet=True) as progress:
-        find_structures(session, storage, workers, budget, progress)
-        spent, structures = account.examples, storage.attr("s3delta")
-        find_structures(session, storage, workers, budget, progress)
-    assert 0.4 < account.waiting_s < 2, "until the other's lease has ended"
-    assert (account.examples, storage.attr("s3delta")) == (spent, structures), "once found, they stay"
-    storage.close()
-    return structures, budget
-
-
-def test_the_modules_that_can_help_are_found(base: Path) -> None:
-    session = open_session(planted(base, 640))
-    space = read_space(PLANTED, session.backbone.sites)
-    modules, shared = Modules(space), session.cohort()
-    which = [
-        super_net(
-            modules, S3DeltaSettings(), middle(space), budget=144, seed=seed, steps=40,
-            backbone=session.backbone, head=session.head,
-        )
-        for seed in range(4)
-    ]  # fmt: skip
-    shared.admit(*which)
-    for _ in range(40):
-        shared.step()
-    shared.close()
-    kept = [modules.by_slot(modules.chosen(net.probabilities().tolist(), 144)) for net in which]
-    assert sum(row["lora_o"] == [0, 1] for row in kept) >= 3, "by chance one structure in 28 has both"
-
-
-def test_what_was_interrupted_is_found_anew_as_it_would_have_been(base: Path, tmp_path: Path) -> None:
-    (one, budget), (two, _) = (found(base, tmp_path / name, 32) for name in ("one", "two"))
-    assert one == two != []
-    assert budget.account.examples == 4 * 32
-    nothing, budget = found(base, tmp_path / "small", 16)
-    assert (nothing, budget.account.examples) == ([], 0), "one step teaches no gate"
-
-
-def test_super_nets_leave_half_of_the_time(base: Path, tmp_path: Path) -> None:
-    structures, budget = found(base, tmp_path, 10**6, REPORT_S + 1.6)
-    assert 0.1 < budget.left_s() - budget.report_s < 0.55
-    assert all(row["steps"] < 1000 for row in structures)
-
-
-SEARCH = """
-model = {{source = "{base}", dtype = "float32"}}
-task = {{path = "{base}/task.csv", validation_size = 20, test_size = 30}}
-[search]
-sampler = "s3delta"
-examples = 32
-batch_size = 8
-lanes = 2
-retest_seeds = 0
-textbook = false
-s3delta = {{budgets = "70, 150, 300", examples = 200}}
-[budget]
-trials = 4
-examples = 544
-[space.training]
-lr = {{log = [1e-3, 1e-2]}}
-[[space.slots]]
-name = "up"
-options = [{{method = "lora", sites = ["up"], rank = 1, layers = ["bits"]}}]
-[[space.slots]]
-name = "o"
-options = [{{method = "lora", sites = ["o"], rank = 1, layers = ["bits"]}}]
-[[space.slots]]
-name = "k"
-options = [{{method = "ia3", sites = ["k"], layers = ["bits"]}}]
-"""
-
-
-def test_a_search_trains_each_structure_in_its_turn_and_keeps_its_budgets(base: Path, folder: Path) -> None:
-    (folder / "s.toml").write_text(SEARCH.format(base=base))
-    run("search", "s.toml", "--out", "run")
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'run' / 'study.db'}")
-    structures, first = study.user_attrs["s3delta"], study.trials
-    assert len({json.dumps(row["layers"]) for row in structures}) == len(structures) >= 2
-    assert len(first) == 4
-    for trial in first:
-        row = structures[trial.number % len(structures)]
-        assert trial.user_attrs["record"]["costs"]["adapter"] == row["parameters"] <= row["budget"]
-    assert len({trial.params["training.lr"] for trial in first}) == 4, "TPE suggests what is left"
-    (worker,) = (value for key, value in study.user_attrs.items() if key.startswith("worker/"))
-    # Half of 544 is 11 steps of three super-nets, of which one fits in ten: 8 examples each, and the trials' 32.
-    assert [row["steps"] for row in structures] == [10] * len(structures)
-    assert worker["examples"] == 3 * 10 * 8 + 4 * 32

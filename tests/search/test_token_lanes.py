@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import peft
 import pytest
@@ -162,7 +160,6 @@ def test_words_that_prompts_push_out_count_as_unknown(root):
     )
     told = cohort.losses([np.arange(2)] * 2).tolist()
     assert min(abs(float(losses) - one) for one in told) < 1e-6
-    assert torch.nn.functional.cross_entropy(torch.zeros(1, 4), torch.tensor([3])) == pytest.approx(math.log(4))
     cohort.close()
 
 
@@ -197,6 +194,9 @@ def test_adapters_are_saved_exported_and_merged(root, family, tmp_path):
     seen = 32 - 2 * (family == "bert")
     assert None not in answer[:seen]
     assert answer[seen:] == [None] * (40 - seen)
+    nothing = [{"words": row, "labels": [None] * len(row), "scores": [None] * len(row)} for row in ([], ["", ""])]
+    assert adapter.predict([rows[0], [], ["", ""]]) == [*adapter.predict(rows[:1]), *nothing]
+    assert adapter.predict([[], ["", ""]]) == nothing
     whole = export_merged(adapter, tmp_path / "whole")
     merged = AutoModelForTokenClassification.from_pretrained(whole).eval()
     assert tuple(merged.config.id2label.values()) == NAMES
