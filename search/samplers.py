@@ -38,9 +38,9 @@ def sampler(name: str, seed: int, number: int, fixed: Mapping[str, Any] | None =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name in ("tpe", "s3delta"):
-            tpe = samplers.TPESampler(
-                seed=own, multivariate=True, group=not fixed, constant_liar=True, n_startup_trials=10
-            )
+            from peftscape.search.tpe import TPE
+
+            tpe = TPE(seed=own, multivariate=True, group=not fixed, constant_liar=True, n_startup_trials=10)
             return samplers.PartialFixedSampler(dict(fixed), tpe) if fixed else tpe
         if name == "gp":
             return samplers.GPSampler(seed=own)
