@@ -26,7 +26,7 @@ from peftscape.search.lane import HEAD, declared_tensors
 from peftscape.search.tensor_file import read_tensors_file
 from peftscape.spaces.design import Design
 from peftscape.spaces.file_size import form
-from peftscape.spaces.token_head import HeadKind
+from peftscape.spaces.heads import HeadKind
 from peftscape.spaces.words import InputError, unique
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftscape.search.device import on_device
 from peftscape.search.generation_past import Following
 from peftscape.spaces import ops
 from peftscape.spaces.ops.choose import noting
+from peftscape.spaces.ops.device import on_device
 from peftscape.spaces.ops.reference import stacked
 
 if TYPE_CHECKING:

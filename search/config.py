@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftscape.search.task_config import TaskConfig, task_kind
-from peftscape.spaces.token_head import HeadKind
+from peftscape.spaces.heads import HeadKind
 
 if TYPE_CHECKING:
     from peftscape.spaces.sites import SiteMap

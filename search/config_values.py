@@ -15,10 +15,10 @@ from peftscape.search.metrics import METRICS
 from peftscape.search.rungs import rungs_of
 from peftscape.search.s3delta_space import Modules, budgets, space_errors, within
 from peftscape.search.task import check_task
+from peftscape.spaces.heads import refusal
 from peftscape.spaces.record import COSTS
 from peftscape.spaces.sites import SiteError, SiteMap, site_map
 from peftscape.spaces.space_file import read_space
-from peftscape.spaces.token_head import refusal
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
-    from peftscape.spaces.token_head import HeadKind
+    from peftscape.spaces.heads import HeadKind
 
 # What a configuration says about a run, a task or the library, not about what the backbone computes.
 _NOT_THE_BACKBONE = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftscape.spaces.compositions import gated
 from peftscape.spaces.methods.base import Lanes, Method
-from peftscape.spaces.ops.addresses import upload
 from peftscape.spaces.ops.choose import noting
+from peftscape.spaces.ops.device import upload
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftscape.spaces.token_head import HeadKind
+from peftscape.spaces.heads import HeadKind
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftscape.search.device import on_device
-from peftscape.spaces.ops.addresses import upload
+from peftscape.spaces.ops.device import on_device, upload
 
 if TYPE_CHECKING:
     from peftscape.search.cohort import Cohort

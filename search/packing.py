@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftscape.search.device import on_device
 from peftscape.search.token_words import Words, laid_out
+from peftscape.spaces.ops.device import on_device
 from peftscape.spaces.text import Text
 
 if TYPE_CHECKING:

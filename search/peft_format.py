@@ -15,7 +15,7 @@ from peftscape.search.peft_folder import Change, InexpressibleError, PeftFolder
 from peftscape.search.peft_place import place
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import tensor_key
-from peftscape.spaces.token_head import layer_name
+from peftscape.spaces.heads import layer_name
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone

@@ -22,8 +22,8 @@ from peftscape.search.peft_format import changes_of
 from peftscape.search.peft_place import PATTERNS, place
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import Design
+from peftscape.spaces.heads import layer_name, token_shapes
 from peftscape.spaces.methods import methods
-from peftscape.spaces.token_head import layer_name, token_shapes
 from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftscape.search.device import on_device
 from peftscape.search.packing import LaneBatch, pack
+from peftscape.spaces.ops.device import on_device
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone

@@ -7,13 +7,12 @@ write, does so under the study's lock.
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from peftscape.search.database import ADAPTERS, FILE, open_database
 from peftscape.search.disk import writing
 from peftscape.search.rung_study import PROMOTED, SCORES, StudyRungs, waits
 from peftscape.search.s3delta_space import STRUCTURES, params_of
+from peftscape.search.stored_config import config_changes, plain
 from peftscape.spaces.record import Record, RecordError
 from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
@@ -101,9 +101,9 @@ class Storage:
             self._study.set_metric_names([o.name for o in self.objectives])
         known = self.attr("config")
         if known is None:
-            self._study.set_user_attr("config", _plain(config))
+            self._study.set_user_attr("config", plain(config))
             self._study.set_user_attr("objectives", config.search.objectives)
-        elif differences := list(_differences(_comparable(known), _comparable(_plain(config)))):
+        elif differences := config_changes(known, plain(config)):
             raise InputError(str(self.out), [*differences, ANOTHER])
 
     @contextmanager
@@ -368,32 +368,3 @@ class Storage:
 
     def _set(self, number: int, name: str, value: Any) -> None:
         self._database.set_trial_user_attr(self._trial_id(number), name, value)
-
-
-def _plain(config: SearchConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
-
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be equal: not the budget, nor how steps are run; what is not set is its default.
-
-    How steps are run changes no result beyond rounding, but it does change peak bytes.
-    """
-    from peftscape.search.config_file import config_from_json
-
-    whole = _plain(config_from_json(config))
-    engine = ["step_limit"]
-    if "peak_bytes" not in whole["search"]["objectives"]:
-        engine += ["gradient_accumulation_steps", "gradient_checkpointing"]
-    for key in engine:
-        del whole["search"][key]
-    del whole["budget"]
-    return whole
-
-
-def _differences(old: Any, new: Any, at: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
-    return [] if old == new else [f"{at}: was {old!r}, is {new!r}"]

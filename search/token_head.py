@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftscape.search.head import Head
-from peftscape.spaces.token_head import refusal, token_shapes
+from peftscape.spaces.heads import refusal, token_shapes
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:

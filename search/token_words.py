@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peftscape.search.device import on_device
 from peftscape.search.token_examples import objects
+from peftscape.spaces.ops.device import on_device
 
 #: The target of a place that is no word, as torch and transformers know it.
 IGNORED = -100

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peftscape.spaces import ops
 from peftscape.spaces.methods.base import Method
-from peftscape.spaces.ops.addresses import upload
 from peftscape.spaces.ops.choose import noting, possible
+from peftscape.spaces.ops.device import upload
 from peftscape.spaces.record import Failure
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Literal
 
-from peftscape.spaces.token_head import HeadKind, token_shapes
+from peftscape.spaces.heads import HeadKind, token_shapes
 
 if TYPE_CHECKING:
     from peftscape.spaces.design import Design, Placement

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftscape.spaces.cost import QUANTISED, WEIGHT_BYTES, model_bytes, restored_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, stored_tensors
 from peftscape.spaces.flow import Attention
+from peftscape.spaces.heads import HeadKind
 from peftscape.spaces.kept import kept
 from peftscape.spaces.price import (
     adapter_size,
@@ -25,7 +26,6 @@ from peftscape.spaces.price import (
     train_flops,
 )
 from peftscape.spaces.profiles import WIDTH, Profile
-from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.two_stacks import is_two_stacks
 from peftscape.spaces.words import InputError
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from peftscape.spaces.cost import backward_flops, forward_flops, model_bytes, restored_bytes, working_bytes
 from peftscape.spaces.file_size import file_bytes, head_shapes, stored_tensors
 from peftscape.spaces.flow import STAGES, Attention, kinds_at
+from peftscape.spaces.heads import HeadKind
 from peftscape.spaces.kept import kept
 from peftscape.spaces.profiles import PROFILES, WIDTH
 from peftscape.spaces.record import Costs
 from peftscape.spaces.sites import LINEARS
-from peftscape.spaces.token_head import HeadKind
 from peftscape.spaces.two_stacks import Walk, is_two_stacks, tokens_at
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from peftscape.search.export import Card, Exported, export
 from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
 from peftscape.spaces.design import Design
-from peftscape.spaces.token_head import HeadKind
+from peftscape.spaces.heads import HeadKind
 
 Saved = Callable[[str], Path]
 LABELS = ("person", "place", "number")

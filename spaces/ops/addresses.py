@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from peftscape.spaces.ops.device import upload
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -92,14 +94,6 @@ def table(key: Any, device: torch.device, make: Callable[[], dict[str, Sequence[
     else:
         _TABLES.move_to_end((device, key))
     return found
-
-
-def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, without waiting for it."""
-    import torch
-
-    made = torch.tensor(numbers, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def split(flat: Tensor, found: Where, shape: Callable[[int], tuple[int, ...]]) -> tuple[Tensor, ...]:

@@ -27,9 +27,9 @@ from peftscape.search.token_examples import objects
 from peftscape.search.token_words import labels_of as labels_of_texts
 from peftscape.search.token_words import word_losses
 from peftscape.spaces.design import Design
+from peftscape.spaces.heads import layer_name
 from peftscape.spaces.price import costs, head_flops, head_size
 from peftscape.spaces.sites import site_map
-from peftscape.spaces.token_head import layer_name
 
 LORA = {"method": "lora", "sites": ["q", "v"], "layers": "all", "rank": 4, "alpha": 8}
 PREFIX = {"method": "prefix_tuning", "layers": "all", "length": 2}

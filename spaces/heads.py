@@ -1,4 +1,4 @@
-"""The head that labels words: transformers' own for token classification, one linear layer behind every token."""
+"""The kinds of head, and the one that labels words: transformers' own, one linear layer behind every token."""
 
 from __future__ import annotations
 
