@@ -1,28 +1,37 @@
 """Every method on two tasks: this project's small counterpart of the survey's experiment.
 
-    python benchmarks/methods.py [--examples 1280] [--batch 16] [--methods lora,ia3] [--tasks trec6,rotten_tomatoes]
+    python benchmarks/methods.py [--examples 640] [--batch 8] [--methods lora,ia3] [--tasks trec6,rotten_tomatoes]
+                                 [--processes 2]
 
 MiniLM, the same number of examples for every method. The learning rate is chosen on validation data among seven over
 two decades, for every method alike; five further seeds at that rate are scored on the test data (at most 2,000 texts).
-Rates and seeds run as lanes. What is there already is not run again: the result is written after each method.
-Writes `results/methods.json` and prints the table as Markdown.
+Rates and seeds run as lanes. What is there already is not run again: the result is written after each method. At the
+end one lane of each is timed alone, with nothing beside it. Writes `results/methods.json` and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from scipy.stats import t as student
+from torch import Tensor
+from tqdm import tqdm
 
 from peftscape.search.config import ModelConfig, SearchConfig, SearchSettings
 from peftscape.search.environment import processor, versions
@@ -32,57 +41,87 @@ from peftscape.search.session import Session, design_costs, open_session
 from peftscape.search.task import TaskConfig
 from peftscape.spaces.design import Design
 from peftscape.spaces.methods import methods
+from peftscape.spaces.presets import textbook
 
 OUT = Path(__file__).parent / "results" / "methods.json"
-RATES = [round(1e-4 * 10 ** (i / 3), 7) for i in range(7)]  # 1e-4 to 1e-2
+RATES = [round(3e-4 * 10 ** (i / 3), 7) for i in range(7)]  # 3e-4 to 3e-2: few steps want large rates
 SEEDS = range(100, 105)
 #: Lanes at once; methods with weights of their own for each lane take more memory.
 LANES = {"packed": 8, "rewritten": 3, "solo": 1}
+#: Steps of the lane that is timed alone; the first warm it up.
+TIMED, WARM = 12, 4
 
 
 def main() -> None:
     """Run what is missing, write and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--examples", type=int, default=1280)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=640)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--methods", default="")
     parser.add_argument("--tasks", default="trec6,rotten_tomatoes")
+    parser.add_argument("--processes", type=int, default=2, help="each on its share of the cores; small models like it")
     args = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {"rows": {}}
-    for task in args.tasks.split(","):
-        session = open_session(
-            SearchConfig(
-                task=TaskConfig(name=task, max_test=2000),
-                model=ModelConfig(source="minilm", dtype="float32"),
-                search=SearchSettings(examples=args.examples, batch_size=args.batch),
-            )
+    chosen = [name for name in args.methods.split(",") if name]
+    jobs = {
+        f"{task}/{name}/{args.examples}/{args.batch}": (task, name, args.examples, args.batch)
+        for task in args.tasks.split(",")
+        for name in chosen or designs(opened(task, args.examples, args.batch))
+    }
+    threads = max(1, (os.cpu_count() or 1) // args.processes)
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        running = {pool.submit(measured, *job): key for key, job in jobs.items() if key not in found["rows"]}
+        for future in tqdm(as_completed(running), total=len(running), unit="method"):
+            found["rows"][running[future]] = future.result()
+            write(found)
+    for key, (task, name, examples, batch) in tqdm(jobs.items(), unit="method alone"):
+        if "alone_s" not in found["rows"][key]:
+            found["rows"][key]["alone_s"] = alone(opened(task, examples, batch), name)
+            write(found)
+    print(table([found["rows"][key] for key in jobs]))
+
+
+def write(found: dict[str, Any]) -> None:
+    """The rows so far, with where and how they were measured."""
+    found |= {"command": " ".join(["python", *sys.argv]), "processor": processor(), "versions": versions()}
+    part = OUT.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(OUT)
+
+
+@cache
+def opened(task: str, examples: int, batch: int) -> Session:
+    """The task and the backbone, read once a process."""
+    transformers.utils.logging.set_verbosity_error()
+    return open_session(
+        SearchConfig(
+            task=TaskConfig(name=task, max_test=2000),
+            model=ModelConfig(source="minilm", dtype="float32"),
+            search=SearchSettings(examples=examples, batch_size=batch),
         )
-        for name, design in designs(session).items():
-            key = f"{task}/{name}/{args.examples}/{args.batch}"
-            if key in found["rows"] or (args.methods and name not in args.methods.split(",")):
-                continue
-            found["rows"][key] = measured(session, task, name, design)
-            found |= {"command": " ".join(["python", *sys.argv]), "processor": processor(), "versions": versions()}
-            OUT.write_text(json.dumps(found, indent=1) + "\n")
-            print(key, found["rows"][key]["test_mean"], flush=True)
-    print(table(found["rows"]))
+    )
 
 
 def designs(session: Session) -> dict[str, Design]:
-    """Each method with its own defaults on its own places, where this backbone has them."""
-    found = {}
-    for name in ("head_only", *methods()):
-        design = Design.from_json({"placements": [] if name == "head_only" else [{"method": name}]})
-        if not design.check(session.backbone.sites):
-            found[name] = design
-    return found
+    """Each method with its own defaults on its own places, then the textbook's combinations and other places."""
+    found = {"head_only": Design.from_json({"placements": []})}
+    found |= {name: Design.from_json({"placements": [{"method": name}]}) for name in methods()}
+    kinds = {kind(design) for design in found.values()}
+    found |= {name: design for name, design in textbook().items() if kind(design) not in kinds}
+    return {name: design for name, design in found.items() if not design.check(session.backbone.sites)}
 
 
-def measured(session: Session, task: str, name: str, design: Design) -> dict[str, Any]:
+def kind(design: Design) -> str:
+    """What a design is but for its sizes: which methods, where, and how they are composed."""
+    return repr([(p.method.name, p.sites, p.layers, p.mask, p.share, p.gate, p.drop) for p in design.placements])
+
+
+def measured(task: str, name: str, examples: int, batch: int) -> dict[str, Any]:
     """Choose the rate, train the seeds."""
+    session = opened(task, examples, batch)
+    design = designs(session)[name]
     started = time.perf_counter()
-    lanes = 8 if not design.placements else LANES[design.placements[0].method.execution]
+    lanes = min((LANES[p.method.execution] for p in design.placements), default=8)
     tried = trained(session, [(at_rate(design, rate), 0) for rate in RATES], lanes, "validation")
     scores = [score for _, score in tried]
     best = int(np.nanargmax(scores))
@@ -93,6 +132,7 @@ def measured(session: Session, task: str, name: str, design: Design) -> dict[str
     return {
         "task": task,
         "method": name,
+        "label": design.label,
         "rates": dict(zip(map(str, RATES), scores, strict=True)),
         "rate": RATES[best],
         "test": tests,
@@ -102,7 +142,6 @@ def measured(session: Session, task: str, name: str, design: Design) -> dict[str
         "adapter": costs.adapter,
         "train_flops": costs.train_flops,
         "peak_bytes": costs.peak_bytes,
-        "lane_s": statistics.median(lane.wall_s for lane, _ in again),
         "wall_s": time.perf_counter() - started,
     }
 
@@ -115,15 +154,16 @@ def at_rate(design: Design, rate: float) -> Design:
 def trained(session: Session, runs: list[tuple[Design, int]], at_once: int, split: str) -> list[tuple[Lane, float]]:
     """Each run's lane and its score on a split; NaN where it failed."""
     rows = getattr(session.data, split)
-    found = []
+    found, starts = [], {}
     for part in batches(runs, at_once):
         cohort = session.cohort()
-        lanes = [
-            new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
-            for design, seed in part
-        ]
+        lanes = [fresh(session, design, seed) for design, seed in part]
         for lane in lanes:
-            prepare(lane, cohort)
+            if lane.seed not in starts:
+                prepare(lane, cohort)
+                starts[lane.seed] = copy.deepcopy((lane.params, lane.fixed, lane.masks))
+            else:  # what the data prepare does not depend on the rate
+                take(lane, *starts[lane.seed])
         cohort.admit(*lanes)
         while not all(lane.done for lane in lanes):
             cohort.step()
@@ -133,6 +173,35 @@ def trained(session: Session, runs: list[tuple[Design, int]], at_once: int, spli
         ]
         cohort.close()
     return found
+
+
+@torch.no_grad()
+def take(lane: Lane, params: dict[str, Tensor], fixed: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    """Bring a lane to the start that another of its seed was prepared to."""
+    for own, others in ((lane.params, params), (lane.fixed, fixed)):
+        for key, value in others.items():
+            own[key].copy_(value)
+    lane.masks |= {key: mask.clone() for key, mask in masks.items()}
+
+
+def fresh(session: Session, design: Design, seed: int) -> Lane:
+    """A new lane of the whole training."""
+    return new_lane(design, seed=seed, steps=session.steps, backbone=session.backbone, head=session.head)
+
+
+def alone(session: Session, name: str) -> float:
+    """Seconds of the whole training of one lane with nothing beside it, by the median of a few steps."""
+    cohort = session.cohort()
+    lane = fresh(session, designs(session)[name], 0)
+    prepare(lane, cohort)
+    cohort.admit(lane)
+    steps = []
+    for _ in range(TIMED):
+        started = time.perf_counter()
+        cohort.step()
+        steps.append(time.perf_counter() - started)
+    cohort.close()
+    return statistics.median(steps[WARM:]) * session.steps
 
 
 def batches(runs: list[Any], size: int) -> list[list[Any]]:
@@ -146,21 +215,42 @@ def expected_best(scores: list[float]) -> list[float]:
     return [statistics.mean(map(max, itertools.combinations(good, n))) for n in range(1, len(good) + 1)]
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Test scores with 95 % t-intervals, and costs relative to full fine-tuning."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Test scores with 95 % t-intervals, what they gain on the head alone, and costs relative to full fine-tuning."""
     lines = [
-        "| task | method | test | parameters | training FLOPs | peak bytes | rate | seconds a lane |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | method | test | over head-only | parameters | FLOPs | peak | alone, s | rate | best of 1, 3, 7 |",
+        "|" + 10 * "---|",
     ]
-    full = {row["task"]: row for row in rows.values() if row["method"] == "full_finetuning"}
-    for row in sorted(rows.values(), key=lambda row: (row["task"], -row["test_mean"])):
-        whole = full.get(row["task"], row)
-        lines.append(
-            f"| {row['task']} | `{row['method']}` | {row['test_mean']:.3f} ± {row['test_half_width']:.3f} | "
-            f"{row['adapter']:,} | {row['train_flops'] / whole['train_flops']:.2f} | "
-            f"{row['peak_bytes'] / whole['peak_bytes']:.2f} | {row['rate']:.1e} | {row['lane_s']:.0f} |"
-        )
+    of = {(row["task"], row["method"]): row for row in rows}
+    for row in sorted(rows, key=lambda row: (row["task"], -row["test_mean"])):
+        full = of.get((row["task"], "full_finetuning"), row)
+        head = of.get((row["task"], "head_only"), row)
+        relative = [f"{row[key] / full[key]:.2f}" for key in ("train_flops", "peak_bytes", "alone_s")]
+        best = row["expected_best"]
+        cells = [
+            row["task"],
+            f"`{row['method']}`",
+            f"{row['test_mean']:.3f} ± {row['test_half_width']:.3f}",
+            gain(row["test"], head["test"]),
+            f"{row['adapter']:,}",
+            *relative,
+            f"{row['rate']:.1e}",
+            ", ".join(f"{best[min(n, len(best)) - 1]:.2f}" for n in (1, 3, 7)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def gain(scores: list[float], head: list[float]) -> str:
+    """The difference of two means with Welch's 95 % half-width."""
+    if scores is head:
+        return "-"
+    a, b = (statistics.variance(own) / len(own) for own in (scores, head))
+    if a + b == 0:
+        return f"{statistics.mean(scores) - statistics.mean(head):+.3f}"
+    freedom = (a + b) ** 2 / (a**2 / (len(scores) - 1) + b**2 / (len(head) - 1))
+    half = math.sqrt(a + b) * float(student.ppf(0.975, freedom))
+    return f"{statistics.mean(scores) - statistics.mean(head):+.3f} ± {half:.3f}"
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ class Forward:
     def _change_input(self, here: list[Stage]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             batch = self.backbone.attending.batch
-            if batch is None or self._is_shared(args[0]):
+            if batch is None or self.is_shared(args[0]):
                 return args
             x = self._by_lane(args[0])
             for stage in here:
@@ -315,7 +315,7 @@ class Forward:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
             batch = self.backbone.attending.batch
-            if batch is None or self._is_shared(first):
+            if batch is None or self.is_shared(first):
                 return output
             y = self._by_lane(first)
             for stage in here:
@@ -334,7 +334,7 @@ class Forward:
 
         return hook
 
-    def _is_shared(self, x: Tensor) -> bool:
+    def is_shared(self, x: Tensor) -> bool:
         """Whether a call belongs to no lane: DeBERTa-v2 sends its table of positions through q and k too."""
         batch = self.backbone.attending.batch
         shape = x.shape[:-2] if x.ndim == 4 else x.shape[:-1]  # a norm of single heads reads tokens x heads x width

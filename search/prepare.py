@@ -2,109 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftscape.search.masks import draw_masks
-from peftscape.search.quantised import held, is_packed
 from peftscape.spaces.methods.base import Method
 
 if TYPE_CHECKING:
     from peftscape.search.cohort import Cohort
     from peftscape.search.lane import Lane
+    from peftscape.search.losses import Examples
     from peftscape.spaces.sites import Site
+
+
+#: Examples whose gradients run in one pass.
+AT_ONCE = 16
 
 
 def prepare(lane: Lane, cohort: Cohort) -> None:
     """Bring a new lane to its start. It runs alone, so that nothing depends on the cohort's other lanes."""
     draw_masks(lane, cohort)
-    for placement, own, sites in zip(lane.design.placements, lane.own, lane.sites, strict=True):
-        if type(placement.method).prepare is Method.prepare:
-            continue
-        with _alone(lane, cohort):
-            placement.method.prepare(own, sites, _Look(lane, cohort, sites))
+    for i, (placement, own, sites) in enumerate(zip(lane.design.placements, lane.own, lane.sites, strict=True)):
+        if type(placement.method).prepare is not Method.prepare:
+            placement.method.prepare(own, sites, Look(_without(lane, i), cohort, sites))
 
 
-@contextmanager
-def _alone(lane: Lane, cohort: Cohort) -> Iterator[None]:
-    others = list(cohort.lanes)
-    cohort.retire(*others)
-    cohort.admit(lane)
-    try:
-        yield
-    finally:
-        cohort.retire(lane)
-        cohort.admit(*others)
-        lane.optimizer.zero_grad()
+def _without(lane: Lane, i: int) -> Lane:
+    """The lane but for one placement, which changes nothing before it is prepared."""
+
+    def rest(rows: Sequence[Any]) -> list[Any]:
+        return [row for n, row in enumerate(rows) if n != i]
+
+    design = replace(lane.design, placements=tuple(rest(lane.design.placements)))
+    return replace(lane, design=design, sites=rest(lane.sites), own=rest(lane.own), seen=rest(lane.seen))
 
 
-class _Look:
-    """A `Probe`: gradients of the frozen weights of some sites at the lane's start, an example at a time."""
+class Look:
+    """A `Probe`: gradients of the frozen weights of some sites at the lane's start, each example's own.
+
+    A linear's gradient is G = sum over tokens of g x^T, from what it reads and the gradient of what it gives. Each
+    example is a lane of the cohort, so one pass has the g and x of many, and no two meet.
+    """
 
     def __init__(self, lane: Lane, cohort: Cohort, sites: tuple[Site, ...]) -> None:
         self.lane, self.cohort, self.sites = lane, cohort, sites
+        self.shared = False  # whether a linear also reads what belongs to no example, so that they run one by one
 
     def squared_gradients(self, count: int) -> list[Tensor]:
         """See `Probe`."""
-        total: list[Tensor] = []
-        for gradients in self._each(count):
-            squares = [g.square() for g in gradients]
-            total = [t + s for t, s in zip(total, squares, strict=True)] if total else squares
-        return [t / self._count(count) for t in total]
+        return self._mean(count, lambda gradients: gradients.square_().sum(dim=0))
 
     def gradients(self, count: int) -> list[Tensor]:
         """See `Probe`."""
-        total: list[Tensor] = []
-        for gradients in self._each(count):
-            total = [t + g for t, g in zip(total, gradients, strict=True)] if total else gradients
-        return [t / self._count(count) for t in total]
+        return self._mean(count, lambda gradients: gradients.sum(dim=0))
 
-    def _count(self, count: int) -> int:
-        return min(count, len(self.cohort.train.ids))
+    def _mean(self, count: int, summed: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The mean over the lane's first examples, d_out x d_in of each site.
 
-    def _each(self, count: int) -> Iterator[list[Tensor]]:
-        """For each of the lane's first examples the gradient of every site's weight, d_out x d_in."""
-        backbone = self.cohort.backbone
-        modules: list[Any] = [backbone.model.get_submodule(site.path) for site in self.sites]
-        packed = {id(m): m for m in modules if is_packed(m)}.values()
-        restored = {id(m): _restore(m) for m in packed}
-        weights = list({id(w): w for m in modules for w in [restored.get(id(m), m.weight)]}.values())
-        order = self.lane.examples(self._count(count), len(self.cohort.train.ids))
+        Args:
+            summed: of examples x d_out x d_in the sum over examples.
+        """
+        model = self.cohort.backbone.model
+        modules = {site.path: model.get_submodule(site.path) for site in self.sites}
+        weight = {path: id(module.weight) for path, module in modules.items()}  # one for linears that share it
+        order = self.lane.examples(min(count, len(self.cohort.train.ids)), len(self.cohort.train.ids))
+        total: dict[int, Tensor] = {}
+        done = 0
+        while done < len(order):
+            at_once = 1 if self.shared or not done else max(1, AT_ONCE // self.cohort.cuts)
+            uses = self._uses(modules, order[done : done + at_once])
+            done += at_once
+            for key in set(weight.values()):
+                each = [torch.bmm(g.mT, x) for path in modules if weight[path] == key for x, g in uses[path]]
+                mine = summed(functools.reduce(Tensor.add_, each))
+                total[key] = total[key].add_(mine) if key in total else mine
+        found = [total[weight[site.path]] / len(order) for site in self.sites]
+        return [g[slice(*site.span)].clone() if site.span else g for g, site in zip(found, self.sites, strict=True)]
+
+    def _uses(self, modules: Mapping[str, Any], examples: Examples) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """What each linear read and the gradient of what it gave, examples x tokens x width, one pair a use."""
+
+        def by_example(x: Tensor) -> Tensor:
+            return x.detach().reshape(len(examples), -1, x.shape[-1]).float()
+
+        uses: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in modules}
+
+        def watch(path: str) -> Callable[..., Tensor]:
+            def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                given = output if output.requires_grad else output.detach().requires_grad_(True)
+                self.shared |= self.cohort.forward.is_shared(given)
+                read = by_example(args[0])
+                given.register_hook(lambda g: uses[path].append((read, by_example(g))))  # type: ignore[no-untyped-call]
+                return given
+
+            return hook
+
+        # What a lane's methods change comes after the linear, so what it gave is caught before them.
+        hooks = [module.register_forward_hook(watch(path), prepend=True) for path, module in modules.items()]
         try:
-            for weight in weights:
-                weight.requires_grad_(True)
-            with torch.enable_grad():
-                for i in range(len(order)):
-                    self.cohort.losses([order[i : i + 1]]).sum().backward()  # type: ignore[no-untyped-call]
-                    yield [
-                        _gradient(restored.get(id(m), m.weight), site, id(m) in restored)
-                        for m, site in zip(modules, self.sites, strict=True)
-                    ]
-                    for weight in weights:
-                        weight.grad = None
-                    self.lane.optimizer.zero_grad()
+            with _alone([self.lane] * len(examples), self.cohort), torch.enable_grad():
+                losses = self.cohort.losses([examples[i : i + 1] for i in range(len(examples))])
+                losses.sum().backward()  # type: ignore[no-untyped-call]
         finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-                weight.grad = None
-            for module in packed:
-                del module.forward
+            for hook in hooks:
+                hook.remove()
+        return uses
 
 
-def _restore(module: Any) -> Tensor:
-    """The weight of a linear in 4 bits in numbers, with which it runs until its `forward` is deleted."""
-    weight = held(module)
-    assert weight is not None
-    module.forward = lambda x: torch.nn.functional.linear(x, weight, module.bias)
-    return weight
-
-
-def _gradient(weight: Tensor, site: Site, straight: bool) -> Tensor:
-    """d_out x d_in of the site; `straight` if the weight lies so whatever the site says."""
-    assert weight.grad is not None
-    gradient = (weight.grad.T if site.transposed and not straight else weight.grad).float()
-    return (gradient[slice(*site.span)] if site.span else gradient).clone()
+@contextmanager
+def _alone(lanes: Sequence[Lane], cohort: Cohort) -> Iterator[None]:
+    """Within, the cohort has these lanes alone, and all layers run."""
+    others, cache = list(cohort.lanes), cohort.cache
+    cohort.retire(*others)
+    cohort.admit(*lanes)
+    cohort.cache = None
+    try:
+        yield
+    finally:
+        cohort.cache = cache
+        cohort.retire(*lanes)
+        cohort.admit(*others)
+        for lane in lanes:
+            lane.optimizer.zero_grad()

@@ -26,8 +26,10 @@ from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import EncodedSplit, encode_split
 from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
+from peftscape.search.prepare import Look
 from peftscape.search.task import Split
 from peftscape.spaces.design import Design
+from peftscape.spaces.sites import LINEARS
 from peftscape.spaces.words import InputError
 
 Saved = Callable[[str], Path]
@@ -147,14 +149,20 @@ def lane(design: Design, backbone: Backbone, head: Head, steps: int = 3) -> Lane
     return new_lane(design, seed=1, steps=steps, backbone=backbone, head=head)
 
 
-def theirs(path: Path, own: Lane, ids: list[np.ndarray[Any, Any]]) -> Tensor:
-    """transformers' own classifier with the lane's head, one text at a time."""
+def classifier(path: Path, own: Lane) -> Any:
+    """transformers' own classifier with the lane's head."""
     model = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=OUTPUTS, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for key, value in own.params.items():
         if key.startswith("head/"):
             model.get_parameter(key.removeprefix("head/")).data.copy_(value.detach())
+    return model
+
+
+def theirs(path: Path, own: Lane, ids: list[np.ndarray[Any, Any]]) -> Tensor:
+    """What transformers' own classifier says, one text at a time."""
+    model = classifier(path, own)
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.from_numpy(row)[None]).logits for row in ids])
 
@@ -179,6 +187,27 @@ def test_a_lane_starts_as_transformers_own_classifier_and_trains(family: str, sa
         assert (own.failure, own.step, len(own.losses)) == (None, 3, 3)
     if backbone.sites.attention_interface:
         assert set(backbone.attending.calls) == set(range(3)), "attention of every layer goes through ours"
+
+
+@families
+def test_a_look_at_the_data_gives_each_texts_own_gradient(family: str, saved: Saved) -> None:
+    backbone, head, cohort = opened(saved(family))
+    own = lane(Design(), backbone, head)
+    sites = tuple(site for site in backbone.sites.sites if site.kind in LINEARS)
+    squares = Look(own, cohort, sites).squared_gradients(len(TEXTS))
+    means = Look(own, cohort, sites).gradients(len(TEXTS))
+    cohort.close()
+    model = classifier(saved(family), own)
+    weights = [model.base_model.get_submodule(site.path).weight for site in sites]
+    rows = [
+        torch.autograd.grad(model(input_ids=torch.from_numpy(ids)[None], labels=torch.tensor([target])).loss, weights)
+        for ids, target in zip(cohort.train.ids, cohort.train.targets.tolist(), strict=True)
+    ]
+    for site, square, mean, *each in zip(sites, squares, means, *rows, strict=True):
+        wanted = torch.stack([g.T if site.transposed else g for g in each])
+        wanted = wanted[:, slice(*site.span)] if site.span else wanted
+        torch.testing.assert_close(square, wanted.square().mean(dim=0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(mean, wanted.mean(dim=0), rtol=1e-3, atol=1e-5)
 
 
 @families
