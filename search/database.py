@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,28 @@ def open_database(out: Path, url: str | None, name: str, say: Callable[[str], No
             raise
         reason = str(error.orig).strip().splitlines()[0]
         raise InputError("--storage", [f"the database cannot be reached: {reason}"]) from None
+
+
+@contextmanager
+def one_transaction(database: Any) -> Iterator[None]:
+    """What this thread writes within is committed at once, or not at all; within another it is a part of that.
+
+    Optuna commits each parameter and each attribute by itself, and a commit waits for the disk. SQLAlchemy lets a
+    session take part in a transaction that is not its own: its commits are then none.
+    """
+    import sqlalchemy
+
+    session = database.scoped_session  # of this thread alone
+    if isinstance(session().get_bind(), sqlalchemy.Connection):
+        yield
+        return
+    session.remove()
+    with database.engine.begin() as connection:
+        session(bind=connection, join_transaction_mode="rollback_only")
+        try:
+            yield
+        finally:
+            session.remove()
 
 
 def _with_driver(url: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from peftscape.analysis import sources
 from peftscape.analysis.front import Objective, front, parse_objectives
 from peftscape.search import integrity
-from peftscape.search.database import ADAPTERS, FILE, open_database
+from peftscape.search.database import ADAPTERS, FILE, one_transaction, open_database
 from peftscape.search.disk import writing
 from peftscape.search.rung_study import PROMOTED, SCORES, StudyRungs, waits
 from peftscape.search.s3delta_space import STRUCTURES, params_of
@@ -108,7 +108,7 @@ class Storage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with writing(self._where), self.lock():
+        with writing(self._where), self.lock(), one_transaction(self._database):
             yield
 
     # -- trials -----------------------------------------------------------------------------------------------------
