@@ -1,6 +1,6 @@
 """Learning curves of many designs, to replay searches on: MiniLM on TREC-6, trained fully with peftscape's own lanes.
 
-    python benchmarks/curves.py [--designs 200] [--seeds 3] [--examples 2560] [--lanes 8] [--limit N]
+    python benchmarks/curves.py [--designs 200] [--seeds 3] [--examples 2560] [--lanes 8] [--processes 2] [--limit N]
 
 First the textbook designs, then designs that Optuna's random sampler draws from the preset `unified`, in the order it
 asked for them. Each is scored on the validation data at ten fractions of its training, which are the rungs of factor 3
@@ -17,10 +17,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from peftscape.search.config import ModelConfig, SearchConfig, SearchSettings
 from peftscape.search.environment import processor, versions
@@ -32,6 +35,7 @@ from peftscape.spaces.design import Design
 from peftscape.spaces.presets import textbook
 from peftscape.spaces.space_file import read_space
 
+_SESSIONS: list[Session] = []
 FRACTIONS = (1 / 27, 1 / 18, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 
 
@@ -44,17 +48,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--validation", type=int, default=500, help="examples; ten evaluations are dear")
     parser.add_argument("--lanes", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=1, help="each on its share of the cores")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "curves.json")
     args = parser.parse_args()
-    config = SearchConfig(
-        task=TaskConfig(name="trec6", validation_size=args.validation),
-        model=ModelConfig(source="minilm", dtype=args.dtype, device=args.device),
-        search=SearchSettings(batch_size=args.batch, examples=args.examples, lanes=args.lanes),
-    )
-    session = open_session(config)
+    session = opened(args)
     same = {
         "about": f"MiniLM on TREC-6, preset unified, {args.examples} examples, batches of {args.batch}, {args.dtype}",
         "fractions": [math.ceil(f * session.steps - 1e-9) / session.steps for f in FRACTIONS],
@@ -71,21 +71,36 @@ def main() -> None:
     wanted = [(i, name, d) for i, (name, d) in enumerate(drawn(session, args.designs)) if d.digest not in have]
     print(f"{len(have)} designs are there, {len(wanted)} are wanted; {session.steps} steps each, {args.seeds} seeds")
     todo, done, started = wanted[: args.limit], 0, time.monotonic()
-    for together in cohorts(todo, max(1, args.lanes // args.seeds)):
-        known["designs"] += record(session, together, args.seeds)
-        known = same | {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"processor": processor(), "cores": os.cpu_count()},
-            "versions": versions(),
-            "designs": sorted(known["designs"], key=lambda row: int(row["order"])),
-        }
-        part = args.out.with_suffix(".part")
-        part.write_text(json.dumps(known, indent=None, separators=(",", ":")) + "\n")
-        part.replace(args.out)
-        done += len(together)
-        each = (time.monotonic() - started) / done
-        left = each * (len(wanted) - done) / 3600
-        print(f"{done} of {len(todo)}: {each:.1f} s a design; all that are wanted: {left:.1f} h more", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // args.processes)
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        groups = list(cohorts(todo, max(1, args.lanes // args.seeds)))
+        for future in as_completed([pool.submit(record, args, together) for together in groups]):
+            rows = future.result()
+            known = same | {
+                "command": " ".join(["python", *sys.argv]),
+                "machine": {"processor": processor(), "cores": os.cpu_count()},
+                "versions": versions(),
+                "designs": sorted([*known["designs"], *rows], key=lambda row: int(row["order"])),
+            }
+            part = args.out.with_suffix(".part")
+            part.write_text(json.dumps(known, indent=None, separators=(",", ":")) + "\n")
+            part.replace(args.out)
+            done += len(rows)
+            each = (time.monotonic() - started) / done
+            left = each * (len(wanted) - done) / 3600
+            print(f"{done} of {len(todo)}: {each:.1f} s a design; all that are wanted: {left:.1f} h more", flush=True)
+
+
+def opened(args: argparse.Namespace) -> Session:
+    """The task and the backbone, read once a process."""
+    if not _SESSIONS:
+        config = SearchConfig(
+            task=TaskConfig(name="trec6", validation_size=args.validation),
+            model=ModelConfig(source="minilm", dtype=args.dtype, device=args.device),
+            search=SearchSettings(batch_size=args.batch, examples=args.examples, lanes=args.lanes),
+        )
+        _SESSIONS.append(open_session(config))
+    return _SESSIONS[0]
 
 
 def drawn(session: Session, count: int) -> list[tuple[str | None, Design]]:
@@ -116,8 +131,9 @@ def cohorts(todo: list[tuple[int, str | None, Design]], size: int) -> Iterator[l
             yield [row]
 
 
-def record(session: Session, designs: list[tuple[int, str | None, Design]], seeds: int) -> list[dict[str, Any]]:
+def record(args: argparse.Namespace, designs: list[tuple[int, str | None, Design]]) -> list[dict[str, Any]]:
     """The rows of designs that train together, each with as many lanes as seeds."""
+    session, seeds = opened(args), args.seeds
     cohort = session.cohort()
     lanes: dict[int, list[Lane]] = {}
     solo = designs[0][2].solo
