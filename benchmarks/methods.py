@@ -78,7 +78,9 @@ def main() -> None:
         if "alone_s" not in found["rows"][key]:
             found["rows"][key]["alone_s"] = alone(opened(task, examples, batch), name)
             write(found)
-    print(table([found["rows"][key] for key in jobs]))
+    for task in args.tasks.split(","):
+        print(f"\n{task}: {args.examples} examples, batches of {args.batch}\n")
+        print(table([found["rows"][key] for key, job in jobs.items() if job[0] == task]))
 
 
 def write(found: dict[str, Any]) -> None:
@@ -216,24 +218,21 @@ def expected_best(scores: list[float]) -> list[float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Test scores with 95 % t-intervals, what they gain on the head alone, and costs relative to full fine-tuning."""
+    """Of one task: test scores with 95 % t-intervals, what they gain on the head alone, costs beside full fine-tuning."""
+    of = {row["method"]: row for row in rows}
+    full, head = of.get("full_finetuning"), of.get("head_only")
     lines = [
-        "| task | method | test | over head-only | parameters | FLOPs | peak | alone, s | rate | best of 1, 3, 7 |",
-        "|" + 10 * "---|",
+        "| method | test | over head-only | parameters | FLOPs | peak | seconds alone | rate | best of 1, 3, 7 |",
+        "|" + 9 * "---|",
     ]
-    of = {(row["task"], row["method"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: (row["task"], -row["test_mean"])):
-        full = of.get((row["task"], "full_finetuning"), row)
-        head = of.get((row["task"], "head_only"), row)
-        relative = [f"{row[key] / full[key]:.2f}" for key in ("train_flops", "peak_bytes", "alone_s")]
+    for row in sorted(rows, key=lambda row: -row["test_mean"]):
         best = row["expected_best"]
         cells = [
-            row["task"],
             f"`{row['method']}`",
             f"{row['test_mean']:.3f} ± {row['test_half_width']:.3f}",
-            gain(row["test"], head["test"]),
+            gain(row["test"], head["test"]) if head is not None and row is not head else "",
             f"{row['adapter']:,}",
-            *relative,
+            *(f"{row[key] / full[key]:.2f}" if full else "" for key in ("train_flops", "peak_bytes", "alone_s")),
             f"{row['rate']:.1e}",
             ", ".join(f"{best[min(n, len(best)) - 1]:.2f}" for n in (1, 3, 7)),
         ]
@@ -243,8 +242,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def gain(scores: list[float], head: list[float]) -> str:
     """The difference of two means with Welch's 95 % half-width."""
-    if scores is head:
-        return "-"
     a, b = (statistics.variance(own) / len(own) for own in (scores, head))
     if a + b == 0:
         return f"{statistics.mean(scores) - statistics.mean(head):+.3f}"
