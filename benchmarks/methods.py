@@ -218,7 +218,7 @@ def expected_best(scores: list[float]) -> list[float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of one task: test scores with 95 % t-intervals, what they gain on the head alone, costs beside full fine-tuning."""
+    """Of one task: test scores with 95 % t-intervals, their gain on the head alone, costs beside full fine-tuning."""
     of = {row["method"]: row for row in rows}
     full, head = of.get("full_finetuning"), of.get("head_only")
     lines = [
