@@ -48,6 +48,27 @@ RATES = [round(3e-4 * 10 ** (i / 3), 7) for i in range(7)]  # 3e-4 to 3e-2: few 
 SEEDS = range(100, 105)
 #: Lanes at once; methods with weights of their own for each lane take more memory.
 LANES = {"packed": 8, "rewritten": 3, "solo": 1}
+#: What is a knob, a variant or other places of a method; and presets for twelve wide layers on these six narrow ones.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "rslora": [{"method": "lora", "scaling": "rslora"}],
+    "lora_plus": [{"method": "lora", "rate": 16.0}],
+    "lora_fa": [{"method": "lora", "freeze_a": True}],
+    "child_tuning_d": [{"method": "child_tuning", "variant": "D"}],
+    "parallel_attention": [{"method": "parallel_adapter", "sites": ["attention"]}],
+    "adapterdrop": [{"method": "pfeiffer_adapter", "size": 48, "layers": "2-5"}],
+    "mam": [
+        {"method": "parallel_adapter", "sites": ["ffn"], "size": 256, "scale": 4.0},
+        {"method": "prefix_tuning_mlp", "length": 30, "hidden": 512, "positions": "keep"},
+    ],
+    "s4": [
+        {"method": "sequential_adapter", "sites": ["ffn"], "size": 16, "layers": "0-4"},
+        {"method": "lora", "sites": ["q", "v"], "rank": 8, "layers": "0,5"},
+        {"method": "prefix_tuning", "length": 16, "positions": "keep", "layers": "1-2"},
+        {"method": "prefix_tuning", "length": 10, "positions": "keep", "layers": "3-4"},
+        {"method": "prefix_tuning", "length": 11, "positions": "keep", "layers": "5"},
+        {"method": "bitfit", "layers": "3-5"},
+    ],
+}
 #: Steps of the lane that is timed alone; the first warm it up.
 TIMED, WARM = 12, 4
 
@@ -105,12 +126,16 @@ def opened(task: str, examples: int, batch: int) -> Session:
 
 
 def designs(session: Session) -> dict[str, Design]:
-    """Each method with its own defaults on its own places, then the textbook's combinations and other places."""
+    """Each method with its defaults on its own places, then variants, and the textbook's combinations and places."""
     found = {"head_only": Design.from_json({"placements": []})}
     found |= {name: Design.from_json({"placements": [{"method": name}]}) for name in methods()}
+    found |= {name: Design.from_json({"placements": placements}) for name, placements in VARIANTS.items()}
     kinds = {kind(design) for design in found.values()}
-    found |= {name: design for name, design in textbook().items() if kind(design) not in kinds}
-    return {name: design for name, design in found.items() if not design.check(session.backbone.sites)}
+    found |= {name: d for name, d in textbook().items() if name not in found and kind(d) not in kinds}
+    errors = {name: design.check(session.backbone.sites) for name, design in found.items()}
+    for name in (name for name in found if errors[name]):
+        tqdm.write(f"{name} is left out: {errors[name][0]}")
+    return {name: design for name, design in found.items() if not errors[name]}
 
 
 def kind(design: Design) -> str:
