@@ -75,6 +75,9 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         groups = list(cohorts(todo, max(1, args.lanes // args.seeds)))
         for future in as_completed([pool.submit(record, args, together) for together in groups]):
+            if error := future.exception():
+                print(f"some designs failed: {error!r}", flush=True)
+                continue
             rows = future.result()
             known = same | {
                 "command": " ".join(["python", *sys.argv]),

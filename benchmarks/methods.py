@@ -93,8 +93,12 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         running = {pool.submit(measured, *job): key for key, job in jobs.items() if key not in found["rows"]}
         for future in tqdm(as_completed(running), total=len(running), unit="method"):
+            if error := future.exception():
+                tqdm.write(f"{running[future]} failed: {error!r}")
+                continue
             found["rows"][running[future]] = future.result()
             write(found)
+    jobs = {key: job for key, job in jobs.items() if key in found["rows"]}
     for key, (task, name, examples, batch) in tqdm(jobs.items(), unit="method alone"):
         if "alone_s" not in found["rows"][key]:
             found["rows"][key]["alone_s"] = alone(opened(task, examples, batch), name)
@@ -219,6 +223,7 @@ def fresh(session: Session, design: Design, seed: int) -> Lane:
 def alone(session: Session, name: str) -> float:
     """Seconds of the whole training of one lane with nothing beside it, by the median of a few steps."""
     cohort = session.cohort()
+    cohort.cache = None  # others have filled it with these examples
     lane = fresh(session, designs(session)[name], 0)
     prepare(lane, cohort)
     cohort.admit(lane)

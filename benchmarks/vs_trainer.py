@@ -1,13 +1,13 @@
 """Trials an hour: what users do today against lanes, on the same designs, both in one run.
 
-    python benchmarks/vs_trainer.py [--trials 8] [--examples 640] [--batch 32]
+    python benchmarks/vs_trainer.py [--trials 8] [--examples 640] [--batch 8]
 
 The opponent is an Optuna study whose objective trains HF peft with transformers' `Trainer`, one trial at a time, with
 dynamic padding, batches grouped by length, no logging and no checkpoints; the pretrained model is read once and copied
-for each trial. It runs once with the model's own dropout and once without. peftscape trains the very same designs for
-as many examples with the same batch size, its trials as lanes of cohorts of 8. Both evaluate each trial on the same
-validation texts at its end. Two sets of designs: LoRA on all layers, and what the preset `unified` suggests and HF peft
-can express. Writes `results/vs_trainer.json`.
+for each trial. It runs once with the model's own dropout and once without. peftscape trains the very same designs on
+the very same examples with the same batch size and schedule, its trials as lanes of cohorts of 8. Both evaluate each
+trial on the same validation texts at its end. Two sets of designs: LoRA on all layers, and what the preset `unified`
+suggests and HF peft can express. Writes `results/vs_trainer.json`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import has_bfloat16
 from peftscape.search.config import ModelConfig, SearchConfig, SearchSettings
+from peftscape.search.encoding import EncodedSplit
 from peftscape.search.environment import processor, versions
-from peftscape.search.lane import new_lane
+from peftscape.search.lane import new_lane, stream
 from peftscape.search.peft_format import InexpressibleError, peft_form
 from peftscape.search.prepare import prepare
 from peftscape.search.session import Session, open_session
@@ -55,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--examples", type=int, default=640)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -82,6 +85,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "examples": args.examples,
+        "batch": args.batch,
         "machine": {"processor": processor(), "cores": os.cpu_count(), "bfloat16 in hardware": has_bfloat16()},
         "versions": versions() | {"peft": peft.__version__},
         "rows": rows,
@@ -157,19 +161,23 @@ def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: 
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    training = design.training
+    training, steps = design.training, session.steps
+    # Of the whole split, grouping by length would take the longest texts first and stop there.
+    seen = stream(seed, 0, steps * session.config.search.batch_size, len(session.data.train))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=folder, per_device_train_batch_size=session.config.search.batch_size,
-                per_device_eval_batch_size=64, max_steps=session.steps, learning_rate=training.lr,
-                weight_decay=training.weight_decay, warmup_steps=round(training.warmup * session.steps),
+                per_device_eval_batch_size=64, num_train_epochs=1, learning_rate=training.lr,
+                weight_decay=training.weight_decay, warmup_steps=math.ceil(training.warmup * steps),
+                lr_scheduler_type="warmup_stable_decay",
+                lr_scheduler_kwargs={"num_decay_steps": math.ceil(training.decay * steps), "decay_type": "linear"},
                 max_grad_norm=training.clip, train_sampling_strategy="group_by_length", use_cpu=True, seed=seed,
                 report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
-            train_dataset=rows_of(session.data.train),
-            eval_dataset=rows_of(session.data.validation),
+            train_dataset=rows_of(session.data.train, seen),
+            eval_dataset=rows_of(session.data.validation, range(len(session.data.validation))),
             data_collator=DataCollatorWithPadding(session.backbone.tokenizer),
             compute_metrics=lambda p: {
                 "score": session.task.metric.score(
@@ -181,11 +189,11 @@ def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: 
         return float(trainer.evaluate()["eval_score"])
 
 
-def rows_of(split: Any) -> list[dict[str, Any]]:
-    """The split as `Trainer` takes it."""
+def rows_of(split: EncodedSplit, which: Iterable[int]) -> list[dict[str, Any]]:
+    """These examples of the split as `Trainer` takes them."""
     return [
-        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": int(target)}
-        for ids, target in zip(split.ids, split.targets, strict=True)
+        {"input_ids": split.ids[i].tolist(), "attention_mask": [1] * len(split.ids[i]), "labels": int(split.targets[i])}
+        for i in which
     ]
 
 

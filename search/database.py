@@ -57,17 +57,15 @@ def open_database(out: Path, url: str | None, name: str, say: Callable[[str], No
 
 @contextmanager
 def one_transaction(database: Any) -> Iterator[None]:
-    """What this thread writes within is committed at once, or not at all; within another it is a part of that.
+    """What this thread writes of parameters and attributes within is committed at once, or not at all.
 
-    Optuna commits each parameter and each attribute by itself, and a commit waits for the disk. SQLAlchemy lets a
-    session take part in a transaction that is not its own: its commits are then none.
+    Optuna commits each by itself, and a commit waits for the disk. SQLAlchemy lets a session take part in a transaction
+    that is not its own: its commits are then none. New trials are made outside: Optuna tries that again where it
+    fails, which a transaction that is lost cannot be.
     """
     import sqlalchemy
 
     session = database.scoped_session  # of this thread alone
-    if isinstance(session().get_bind(), sqlalchemy.Connection):
-        yield
-        return
     session.remove()
     with database.engine.begin() as connection:
         session(bind=connection, join_transaction_mode="rollback_only")
@@ -75,6 +73,8 @@ def one_transaction(database: Any) -> Iterator[None]:
             yield
         finally:
             session.remove()
+        if not connection.in_transaction():  # Optuna passes over keys that are there already
+            raise sqlalchemy.exc.PendingRollbackError("a key was written twice, and nothing of the transaction is kept")
 
 
 def _with_driver(url: str) -> str:

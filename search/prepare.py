@@ -75,7 +75,7 @@ class Look:
         total: dict[int, Tensor] = {}
         done = 0
         while done < len(order):
-            at_once = 1 if self.shared or not done else max(1, AT_ONCE // self.cohort.cuts)
+            at_once = self._together if done else 1
             uses = self._uses(modules, order[done : done + at_once])
             done += at_once
             for key in set(weight.values()):
@@ -84,6 +84,13 @@ class Look:
                 total[key] = total[key].add_(mine) if key in total else mine
         found = [total[weight[site.path]] / len(order) for site in self.sites]
         return [g[slice(*site.span)].clone() if site.span else g for g, site in zip(found, self.sites, strict=True)]
+
+    @property
+    def _together(self) -> int:
+        """Examples of a pass: no more than a training pass has, and one where each would bring whole weights along."""
+        dense = any(placement.method.execution != "packed" for placement in self.lane.design.placements)
+        cohort = self.cohort
+        return 1 if self.shared or dense else max(1, min(AT_ONCE, cohort.batch_size // cohort.passes) // cohort.cuts)
 
     def _uses(self, modules: Mapping[str, Any], examples: Examples) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """What each linear read and the gradient of what it gave, examples x tokens x width, one pair a use."""

@@ -6,6 +6,7 @@ asked for and held in memory up to a limit, beyond it in a file that goes with t
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ class StateCache:
         if size <= self.memory_left:
             self.memory_left -= size
             return torch.empty(shape, dtype=dtype)
-        if size > self.disk_left:
+        # A page of the map that finds no room would end the process.
+        if size > min(self.disk_left, shutil.disk_usage(tempfile.gettempdir()).free // 2):
             return None
         self.disk_left -= size
         with tempfile.NamedTemporaryFile(prefix="peftscape-") as file:  # mapped, it lives on without its name

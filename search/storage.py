@@ -108,7 +108,7 @@ class Storage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with writing(self._where), self.lock(), one_transaction(self._database):
+        with writing(self._where), self.lock():
             yield
 
     # -- trials -----------------------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ class Storage:
             self._asked = max(self._asked, trial.number + 1)
             trial.set_user_attr("worker", worker)
             trial.set_user_attr("tries", trial.user_attrs.get("tries", 0) + 1)
-            return trial, space.suggest(trial)
+            with one_transaction(self._database):
+                return trial, space.suggest(trial)
 
     def enqueue(self, params: Mapping[str, Any], textbook: str | None = None, *, again: bool = False) -> None:
         """Ask for a design before the sampler's own; one that was asked for before only `again`."""
@@ -160,8 +161,9 @@ class Storage:
             done = record.state == "complete"
             plain = record.to_json()
             values = [float(o.value(record)) for o in self.objectives] if done else None
-            self._set(record.number, "record", plain)
-            self._set(record.number, SEAL, seal(plain, values, found.params))
+            with one_transaction(self._database):
+                self._set(record.number, "record", plain)
+                self._set(record.number, SEAL, seal(plain, values, found.params))
             if done:
                 self._study.tell(record.number, values)
             else:

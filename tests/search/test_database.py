@@ -1,4 +1,4 @@
-"""A trial is asked for and told in one transaction each: one wait for the disk, and never half a trial."""
+"""A trial's parameters are written in one transaction: one wait for the disk, and never half a design."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ def commits(storage: Storage) -> list[Any]:
     return found
 
 
-def test_a_trial_is_asked_for_in_one_commit_and_others_see_it_whole(
+def test_asking_waits_for_the_disk_a_few_times_however_many_knobs_there_are(
     storage: Storage, space: Space, tmp_path: Path
 ) -> None:
     made = commits(storage)
-    trial, design = storage.ask(space, "me")
-    assert len(made) == 1
-    [seen] = optuna.load_study(study_name="search", storage=RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")).trials
-    assert (seen.number, seen.params, seen.user_attrs) == (0, trial.params, {"worker": "me", "tries": 1})
-    assert space.suggest(optuna.trial.FixedTrial(seen.params)).digest == design.digest
-    trial, _ = storage.ask(space, "me")
-    assert (trial.number, len(made)) == (1, 2)
+    for number in range(3):
+        trial, design = storage.ask(space, "me")
+        seen = optuna.load_study(study_name="search", storage=RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")).trials
+        assert (trial.number, len(seen)) == (number, number + 1)
+        assert seen[-1].params == trial.params
+        assert seen[-1].user_attrs == {"worker": "me", "tries": 1}
+        assert space.suggest(optuna.trial.FixedTrial(seen[-1].params)).digest == design.digest
+    written = [commit for commit in made if commit is not None]
+    assert len(written) < 3 * 10 < 3 * len(trial.params)
 
 
-def test_a_trial_whose_asking_fails_was_never_there(
+def test_a_design_whose_asking_fails_is_not_there_in_part(
     storage: Storage, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suggested: list[float] = []
@@ -63,8 +65,9 @@ def test_a_trial_whose_asking_fails_was_never_there(
     with monkeypatch.context() as patched:
         patched.setattr(Space, "suggest", broken)
         with pytest.raises(RuntimeError, match="in the middle"):
-            storage.ask(space)
+            storage.ask(space, "me")
     assert suggested
-    with storage._database.engine.connect() as connection:
-        rows = connection.execute(sqlalchemy.text("SELECT count(*) FROM trials")).scalar()
-    assert rows == 0
+    storage.refresh()
+    [trial] = storage.trials
+    assert (trial.params, trial.user_attrs) == ({}, {"worker": "me", "tries": 1})
+    assert storage.ask(space, "me")[0].number == 1
