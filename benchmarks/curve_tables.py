@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftscape.analysis.noise import standard_error
+from peftscape.spaces.design import Design
 
 Floats = NDArray[np.float64]
 
@@ -28,6 +29,7 @@ class Table:
         work: n, of a whole training, relative to the others'.
         textbook: n, designs that start every search and are never stopped.
         floor: n, those that are baselines (the head alone).
+        slow: n, those that start slowly (prompts and prefixes alone).
         reference: the quality from which hypervolume counts.
     """
 
@@ -41,6 +43,7 @@ class Table:
     work: Floats
     textbook: NDArray[np.bool_]
     floor: NDArray[np.bool_]
+    slow: NDArray[np.bool_]
     reference: float
 
     def error(self, score: float) -> float:
@@ -69,6 +72,7 @@ def recorded(path: Path) -> Table:
         work=_relative([row["costs"]["train_flops"] for row in rows]),
         textbook=np.array([row["textbook"] is not None for row in rows]),
         floor=floor,
+        slow=np.array([Design.from_json(row["design"]).slow for row in rows]),
         reference=float(finals[floor].mean()) if floor.any() else worst,
     )
 
@@ -105,6 +109,7 @@ def published(folder: Path) -> Table:
         work=np.ones(n),
         textbook=np.zeros(n, dtype=bool),
         floor=np.zeros(n, dtype=bool),
+        slow=np.zeros(n, dtype=bool),
         reference=0.0,
     )
 
@@ -142,6 +147,7 @@ def synthetic(seed: int, n: int = 200, *, n_validation: int = 500, seeds: int = 
         work=np.ones(n),
         textbook=np.arange(n) == 0,
         floor=np.arange(n) == 0,
+        slow=np.zeros(n, dtype=bool),
         reference=float(mean[0, -1]),
     )
 

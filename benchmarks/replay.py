@@ -9,8 +9,8 @@ where `--syne-tune` names the Python of an environment with syne-tune (else it i
 
 - front, best 5: the share of the final front's members, and how many of the five best, that were trained to the end;
 - work: of training everything to the end (by FLOPs where they are known);
-- hv: hypervolume of what was trained to the end (final score, log cost), of that of all designs; the same when three
-  tenths of the work were spent; and without stopping at equal work. `against_work` in the JSON has it at all parts.
+- hv: hypervolume of what was trained to the end (final score, log cost), of that of all designs; the same when a
+  third of the work was spent; and without stopping at equal work. `against_work` in the JSON has it at all parts.
 
 Writes `results/replay.json`.
 """
@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from curve_tables import Floats, Table, published, recorded, synthetic
 
 from peftscape.analysis.front import hypervolume, non_dominated
-from peftscape.search.rungs import Entry, Rungs, Verdict, after
+from peftscape.search.rungs import WAITING, Entry, Rungs, Verdict, after
 
 WAYS = ("maximize", "minimize")
-PARTS = tuple(round(0.05 * i, 2) for i in range(1, 21))
+THIRD = 1 / 3
+PARTS = tuple(sorted([*(round(0.05 * i, 2) for i in range(1, 21)), THIRD]))
 
 
 class Stopper(Protocol):
@@ -81,11 +82,14 @@ class Own:
             costs=(float(self.table.costs[design]),),
             protected=bool(self.table.textbook[design]),
             floor=bool(self.table.floor[design]),
+            bracket=self.rungs.bracket(0, slow=bool(self.table.slow[design])),
         )
         now = replace(old, scores=(*old.scores, score), error=self.table.error(score))
         self.entries[design] = now
         verdict = self.rungs.verdict(design, self.entries.values())
         self.entries[design] = after(now, verdict)
+        for stopped in self.rungs.stopped(self.entries.values()):
+            self.entries[stopped] = after(self.entries[stopped], Verdict.STOP)
         return verdict
 
     def next(self) -> int | None:
@@ -238,7 +242,7 @@ def main() -> None:
     plain = Rungs(count=args.rungs, factor=args.factor)
     stoppers: dict[str, Stopper] = {"none": Never()}
     for rule in ("like-cost", "crowding", "epsilon-net", "quality"):
-        stoppers[rule] = Own(Rungs(count=args.rungs, factor=args.factor, rule=rule))
+        stoppers[rule] = Own(Rungs(count=args.rungs, factor=args.factor, rule=rule, waiting=WAITING))
     if args.syne_tune:
         for name, ranks in (("MOASHA (Syne Tune)", False), ("MOASHA, priorities as ranks", True)):
             stoppers[name] = Moasha(args.syne_tune, args.rungs, args.factor, ranks=ranks)
@@ -257,7 +261,7 @@ def main() -> None:
         said.append({"source": source, "replays": replays, "rows": rows})
         print(f"\n{source}; {replays} replays, rungs at {[round(f, 3) for f in plain.fractions]}, {args.lanes} lanes")
         print(
-            f"{'stopping':<28} {'front':>6} {'best 5':>7} {'work':>6} {'hv':>7} {'at 0.3':>7} {'none, equal work':>17}"
+            f"{'stopping':<28} {'front':>6} {'best 5':>7} {'work':>6} {'hv':>7} {'at 1/3':>7} {'none, equal work':>17}"
         )
         for row in rows:
             figures = (
@@ -265,7 +269,7 @@ def main() -> None:
                 row["best 5"],
                 row["work"],
                 row["hv"],
-                row["against_work"][5],
+                row["against_work"][PARTS.index(THIRD)],
                 row["hv, equal work"],
             )
             print(f"{row['stopping']:<28} {'{:6.2f} {:7.2f} {:6.3f} {:7.4f} {:7.4f} {:16.4f}'.format(*figures)}")

@@ -119,17 +119,13 @@ class Comparing:
         return not self.storage.is_shared or (self.checkpoints is not None and self.checkpoints.has(number))
 
     def _marks(self, trial: Trial) -> dict[str, Any]:
-        """What the comparison has to know of a trial, where it matters: each is a commit of its own in the database.
-
-        Designs of prompts and prefixes alone start slowly.
-        """
+        """What the comparison has to know of a trial, where it matters: each is a commit of its own in the database."""
         if len(trial.rungs) > 1:
             return {}
-        methods = [placement.method for placement in trial.design.placements]
-        slow = bool(methods) and all(m.prompt_length() or m.prefix_length() for m in methods)
+        alone = [placement.method.name for placement in trial.design.placements] == ["head_only"]
         marks = {
             PROTECTED: trial.safe,
-            FLOOR: trial.safe and [m.name for m in methods] == ["head_only"],
-            BRACKET: self.rungs.bracket(trial.number, slow=slow),
+            FLOOR: trial.safe and alone,
+            BRACKET: self.rungs.bracket(trial.number, slow=trial.design.slow),
         }
         return {name: value for name, value in marks.items() if value}
