@@ -185,10 +185,13 @@ class Forward:
         whole = self._groups("model")
         if not whole:
             return run()
-        delta, weights, start = whole[0].members[0]["delta"].to(self.backbone.dtype), {}, 0
-        for name, weight in self.backbone.model.named_parameters():
-            weights[f"model.{name}"] = weight + delta[start : start + weight.numel()].view(weight.shape)
-            start += weight.numel()
+        delta, frozen = whole[0].members[0]["delta"].to(self.backbone.dtype), dict(self.backbone.model.named_parameters())
+        # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
+        parts = torch.split(delta, [weight.numel() for weight in frozen.values()])
+        weights = {
+            f"model.{name}": weight + part.view(weight.shape)
+            for (name, weight), part in zip(frozen.items(), parts, strict=True)
+        }
         self._weights = weights
         try:
             out: Tensor = torch.func.functional_call(Around(self.backbone.model), weights, (run,))
