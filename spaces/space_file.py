@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftscape.spaces.compositions import SCORES, read_compositions
 from peftscape.spaces.design import Training
 from peftscape.spaces.design_file import COMMON, with_config
+from peftscape.spaces.hf_peft import HFPeft
 from peftscape.spaces.knobs import MOST, Choice, Domain, Range, domain_from_toml, is_finite
 from peftscape.spaces.layers import WORDS, LayerChoice
 from peftscape.spaces.methods import method as find
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Method
     from peftscape.spaces.sites import SiteMap
 
-SPACE_KEYS = ("name", "about", "preset", "layers", "training", "slots")
+SPACE_KEYS = ("name", "category", "about", "source", "preset", "layers", "training", "slots")
 SLOT_KEYS = ("name", "optional", "options")
 
 
@@ -106,7 +107,7 @@ class _Reader:
             if isinstance(domains.get(knob), Choice):
                 for end in ends:
                     self._inside(domains[knob], end, f"{at}.{knob}")
-            elif wrong := next((why for end in ends if (why := _unfit(value, end, defaults[knob]))), None):
+            elif wrong := next((why for end in ends if (why := _unfit(value, end, defaults[knob], kind, knob))), None):
                 self.errors.append(f"{at}.{knob}: {wrong}")
         sites = self._sites(row.get("sites", list(kind.default_sites)), kind.name, kind.sites, at)
         layers = None
@@ -217,7 +218,7 @@ class _Reader:
         self.errors += [f"{at}{key}: no such key{nearest(key, known)}" for key in row if key not in known]
 
 
-def _unfit(value: Any, end: Any, default: Any) -> str | None:
+def _unfit(value: Any, end: Any, default: Any, kind: type[Method], knob: str) -> str | None:
     """Why a number in a space does not suit a knob; sizes may lie outside what a search tries, and 0 is absent."""
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         broken = isinstance(value, Range) and not value.integer
@@ -228,7 +229,11 @@ def _unfit(value: Any, end: Any, default: Any) -> str | None:
         if isinstance(default, int) and end > MOST:
             return f"more than {MOST:,}"
         return f"{end!r} is below 0" if end < 0 else None
-    if default is None:  # a knob of another library's that may be anything
+    if issubclass(kind, HFPeft):
+        try:
+            kind.read_knob(knob, end)
+        except ValueError as error:
+            return str(error)
         return None
     if type(end) is not type(default) and not isinstance(end, (list, tuple)):
         return f"{type(default).__name__} expected, not {end!r}"

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import fields
 
 import pytest
 from commands import costs, record, run
@@ -15,6 +17,8 @@ from typer.testing import CliRunner
 
 from peftscape.analysis.sources import Study
 from peftscape.cli import app
+from peftscape.spaces.design import Design, Placement
+from peftscape.spaces.presets import textbook
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -195,20 +199,76 @@ def test_a_bug_is_not_told_as_bad_input(monkeypatch):
 # -- what there is --------------------------------------------------------------------------------------------------
 
 
-def test_methods_are_listed_with_their_equations_and_sources():
-    found = {row["name"]: row for row in json.loads(run("methods", "--json").stdout)}
-    assert {
-        "lora", "sequential_adapter", "parallel_adapter", "prefix_tuning", "prompt_tuning", "ia3", "bitfit",
-        "head_only", "full_finetuning",
-    } <= found.keys()  # fmt: skip
-    lora = found["lora"]
+#: The methods of the survey (Xu et al. 2023, arXiv:2312.12148) and later ones: where each is listed, and its paper.
+SURVEY = {
+    "additive": {
+        "sequential_adapter": "1902.00751", "pfeiffer_adapter": "2005.00247", "residual_adapter": "2004.03829",
+        "parallel_adapter": "2110.04366", "adapterdrop": "2010.11918", "adapterdrop_robust": "2010.11918",
+        "tiny_attention": "2211.01979", "compacter": "2106.04647", "prompt_tuning": "2104.08691",
+        "prefix_tuning": "2110.07602", "prefix_tuning_mlp": "2101.00190", "WARP": "2101.00121", "ia3": "2205.05638",
+        "hadamard_adapter": "2407.11033", "lst": "2206.06522", "ssf": "2210.08823",
+    },
+    "partial": {
+        "bitfit": "2106.10199", "ln_tuning": "2211.08682", "fish_mask": "2111.09839", "threshold_mask": "2004.12406",
+        "diff_pruning": "2012.07463", "lt_sft": "2110.07560", "child_tuning": "2109.05687", "sam": "2211.15583",
+    },
+    "reparameterised": {
+        "intrinsic_said": "2012.13255", "lora": "2106.09685", "krona": "2212.10650", "dylora": "2210.07558",
+        "adalora": "2303.10512", "IncreLoRA": "2308.12043", "delta_lora": "2309.02411", "LoRAPrune": "2305.18403",
+        "QLoRA": "2305.14314", "loftq": "2310.08659", "qalora": "2309.14717", "kernel_mix_lite": "2205.03720",
+        "kernel_mix": "2205.03720", "Laplace-LoRA": "2308.13111", "dora": "2402.09353", "pissa": "2404.02948",
+        "vera": "2310.11454", "loreft": "2404.03592", "loha": "2108.06098", "lokr": "2309.14859", "oft": "2306.07280",
+        "boft": "2311.06243",
+    },
+    "hybrid": {
+        "mam": "2110.04366", "mam_small": "2110.04366", "unipelt": "2110.07577", "compacter_pp": "2106.04647",
+        "s3delta": "2206.07382", "s4": "2301.01821", "autopeft": "2301.12132",
+    },
+    "unified": {"adamix": "2205.12410", "sparse_adapter": "2210.04284", "propetl": "2305.17682"},
+}  # fmt: skip
+
+
+def test_every_method_of_the_survey_is_listed_in_its_category_with_its_paper():
+    found = json.loads(run("methods", "--json").stdout)
+    groups = [found[group] for group in ("methods", "presets", "spaces", "settings", "left_out")]
+    for category, papers in SURVEY.items():
+        here = {row["name"]: row for rows in groups[::-1] for row in rows if row["category"] == category}
+        assert {name: paper in (here[name]["source"] or "") for name, paper in papers.items()} == dict.fromkeys(
+            papers, True
+        )
+    assert {row["category"] for rows in groups for row in rows} == {*SURVEY, "reference"}
+    notes = next(row["notes"] for row in found["methods"] if row["name"] == "lora")
+    assert all(paper in notes for paper in ("2312.03732", "2402.12354", "2308.03303")), "rsLoRA, LoRA+, LoRA-FA"
+    # What people are told to write is what designs read.
+    assert {row["name"] for row in found["compositions"]} == {f.name for f in fields(Placement)} - {
+        "method", "sites", "layers",
+    }  # fmt: skip
+    for row in found["compositions"]:
+        placement = {"method": "sequential_adapter", **tomllib.loads(row["use"])}
+        assert Design.from_json({"placements": [placement]}).json()["placements"][0][row["name"]]
+        assert row["source"]
+    assert [row["name"] for row in found["tuners"]] == ["peft:NAME"]
+
+
+def test_methods_are_listed_with_knobs_and_whether_they_merge_and_export():
+    found = json.loads(run("methods", "--json").stdout)
+    lora = next(row for row in found["methods"] if row["name"] == "lora")
     assert lora["equation"].startswith("y + (alpha / r) B A x")
     assert lora["source"] == "Hu et al. 2021, arXiv:2106.09685"
     assert lora["knobs"] == {"rank": 8, "alpha": 16.0, "scaling": "standard", "rate": 1.0, "freeze_a": False}
-    assert (lora["merges"], lora["execution"]) == (True, "packed")
+    assert (lora["merges"], lora["execution"], lora["hf_peft"]) == (True, "packed", True)
+    presets = {row["name"]: row for row in found["presets"]}
+    assert set(presets) == set(textbook())
+    said = {name: (row["merges"], row["hf_peft"]) for name, row in presets.items()}
+    assert (said["lora"], said["prefix"], said["bitfit"]) == ((True, True), (False, True), (True, False))
+    assert (said["kernel_mix"], said["propetl_lora"]) == ((True, True), (True, False))
+    assert (said["unipelt"], said["mam"], said["head_only"]) == ((False, False), (False, False), (True, False))
     output = run("methods").output
-    assert "reparameterised" in output
-    assert "Liu et al. 2022" in output
+    rows = [row for group in found.values() for row in group]
+    assert not [row["name"] for row in rows if f"\n  {row['name']}" not in output]
+    assert all(
+        words in output for words in ("reparameterised", "Liu et al. 2022", "mam (published design)", "gate = true")
+    )
 
 
 def test_sites_are_listed_with_their_shapes_and_what_is_refused():

@@ -1,67 +1,21 @@
-"""Commands that describe: the methods, a model's sites, this machine."""
+"""Commands that describe: a model's sites, this machine, and what there is to choose from."""
 
 from __future__ import annotations
 
-import inspect
 import platform
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from peftscape.cli_common import Json, plain_table, print_json, show
-
-if TYPE_CHECKING:
-    from peftscape.spaces.methods.base import Method
+from peftscape.cli_methods import methods
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     for command in (methods, sites, doctor):
         app.command()(command)
-
-
-def methods(as_json: Json = False) -> None:
-    """List the methods: their equations, sites and knobs, by category."""
-    from peftscape.spaces.methods import methods as all_methods
-
-    found = [_method(kind) for kind in all_methods().values()]
-    if as_json:
-        print_json(found)
-        return
-    for category in dict.fromkeys(row["category"] for row in sorted(found, key=lambda row: row["category"])):
-        show(f"{category}")
-        for row in (row for row in found if row["category"] == category):
-            rows = [("equation", row["equation"]), ("source", row["source"] or "–")]
-            rows.append(("sites", f"{', '.join(row['sites'])} (default {', '.join(row['default_sites'])})"))
-            if row["knobs"]:
-                rows.append(("knobs", ", ".join(f"{name} = {value}" for name, value in row["knobs"].items())))
-            merges = "merges into the weights" if row["merges"] else "stays beside the weights"
-            rows.append(("runs", f"{row['execution']}; {merges}"))
-            rows.append(("HF peft", "loads its exports" if row["hf_peft"] else "has no such method"))
-            show(f"  {row['name']}", plain_table("", "", "", rows=[("   ", *cells) for cells in rows]))
-        show("")
-
-
-def _method(kind: type[Method]) -> dict[str, Any]:
-    from peftscape.spaces.methods.base import Method
-    from peftscape.spaces.sites import KINDS
-
-    paper = re.search(r"\(([^()]*\d{4}[^()]*)\)\.?$", (inspect.getdoc(inspect.getmodule(kind)) or "").split("\n")[0])
-    return {
-        "name": kind.name,
-        "category": kind.category,
-        "equation": " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()),
-        "source": paper[1] if paper else None,
-        "sites": [site for site in KINDS if site in kind.sites],
-        "default_sites": list(kind.default_sites),
-        "knobs": {k: list(v) if isinstance(v, tuple) else v for k, v in kind().knobs().items()},
-        "searched": sorted(kind.domains()),
-        "execution": kind.execution,
-        "merges": kind.merges,
-        "hf_peft": kind.in_peft is not Method.in_peft,
-        "exact_start": kind.exact_start,
-    }
 
 
 def sites(
