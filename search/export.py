@@ -50,8 +50,8 @@ def export(
     """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads, or else in our own format.
 
     peft's folder holds what a method says of itself (`Method.in_peft`): most changes of linears and norms, a prefix on
-    all layers, or a prompt where the classifier pools the last token, with the transformers class's own head; its
-    logits equal ours. `load` reads both.
+    all layers, or a prompt where the classifier pools the last token, with the transformers class's own head; a lone
+    `peft:NAME` is written by peft. Its logits equal ours. `load` reads both.
 
     Args:
         tensors: those of a lane (`Lane.adapter()`), head included; masked LoRA is written with its zeros.
@@ -61,14 +61,15 @@ def export(
     """
     try:
         form = peft_form(card, backbone, head)
+        check(tensors, declared(card.design, backbone, head)[0], str(directory))
+        stored = form.to_peft(tensors)
     except InexpressibleError as why:
         return Exported(save(tensors, card, backbone, head, directory), "peftscape", str(why))
-    check(tensors, declared(card.design, backbone, head)[0], str(directory))
     texts = {
         "adapter_config.json": json.dumps(form.config, indent=2) + "\n",
         "README.md": _readme(card, backbone, form.note),
     }
-    folder = write(directory, "peft", form.to_peft(tensors), card, backbone, texts)
+    folder = write(directory, "peft", stored, card, backbone, texts)
     return Exported(folder, "peft", form.note)
 
 

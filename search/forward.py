@@ -185,7 +185,10 @@ class Forward:
         whole = self._groups("model")
         if not whole:
             return run()
-        delta, frozen = whole[0].members[0]["delta"].to(self.backbone.dtype), dict(self.backbone.model.named_parameters())
+        delta, frozen = (
+            whole[0].members[0]["delta"].to(self.backbone.dtype),
+            dict(self.backbone.model.named_parameters()),
+        )
         # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
         parts = torch.split(delta, [weight.numel() for weight in frozen.values()])
         weights = {
@@ -344,6 +347,10 @@ class Forward:
         read = None if self._read is None else len(self._read)
         source = None if batch is None or batch.source is None else batch.source.ids.numel()
         return batch is not None and shape.numel() not in (batch.ids.numel(), source, read)
+
+    def read_as(self, x: Tensor, sources: Iterable[str]) -> None:
+        """Let `x` stand for what these modules have read, where one module runs by itself."""
+        self._inputs |= dict.fromkeys(sources, x)
 
     def _texts(self, site: Site, batch: Batch) -> Batch:
         """The texts that a site sees: the source's or the target's in an encoder-decoder."""

@@ -20,6 +20,7 @@ from peftscape.search.cohort import EVALUATION_ROWS, Cohort
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.prepare import prepare
 from peftscape.search.stopping import HangError, Stop
+from peftscape.spaces.hf_peft import HFPeft
 from peftscape.spaces.plan_lanes import groups
 from peftscape.spaces.record import Failure
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Lanes are saved this often, and never for more than a fiftieth of the time.
 SAVE_EVERY_S = 30.0
 SAVE_SHARE = 50
+#: The kind of a failure that code of another library, a tuner of HF peft, raised.
+FOREIGN = "error in peft"
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory",
     "storage size calculation overflowed",
@@ -128,10 +131,12 @@ class Guarded(Cohort):
         """A lane at where its training begins, or why there is no memory for its tensors."""
         try:
             lane = new_lane(design, seed=seed, steps=steps, backbone=self.backbone, head=self.head, name=name)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            if is_out_of_memory(error):
+                return Failure(kind="out of memory", message=first_line(error), step=0)
+            if not _foreign(design):
                 raise
-            return Failure(kind="out of memory", message=first_line(error), step=0)
+            return Failure(kind=FOREIGN, message=_said(error), step=0)
         self.start(lane)
         return lane
 
@@ -272,18 +277,20 @@ class Guarded(Cohort):
         self.memory.learn([lane.design for lane in part], torch.cuda.max_memory_allocated(device) - before)
 
     def _tried(self, part: list[Lane], work: Callable[[Sequence[Lane]], None]) -> Failure | None:
-        """Why the work could not be done on so many lanes, or None. Any other error goes on."""
+        """Why the work could not be done on so many lanes, or None; any other error of code of ours goes on."""
         try:
             with self.stop.limit(self.patience_s()):
                 work(part)
-        except (HangError, MemoryError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, HangError) and self.over():
                 raise
             if isinstance(error, HangError):
                 return Failure(kind="hanging", message=str(error))
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                return Failure(kind="out of memory", message=first_line(error))
+            if not all(_foreign(lane.design) for lane in part):
                 raise
-            return Failure(kind="out of memory", message=first_line(error))
+            return Failure(kind=FOREIGN, message=_said(error))
         return None
 
     @property
@@ -320,6 +327,15 @@ class Guarded(Cohort):
         self._begun.clear()
         if self.account is not None:
             self.account.unsaved_s = 0.0
+
+
+def _foreign(design: Design) -> bool:
+    """Whether code of another library runs in its steps."""
+    return any(isinstance(p.method, HFPeft) for p in design.placements)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

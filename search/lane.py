@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftscape.spaces.compositions import top
 from peftscape.spaces.design import tensor_key
-from peftscape.spaces.hf_peft import HFPeft, inject
+from peftscape.spaces.hf_peft import HFPeft, inject, set_training
 from peftscape.spaces.methods.base import Tensor as Declared
 from peftscape.spaces.record import Failure
 
@@ -125,6 +125,10 @@ class Lane:
 
     def unfold(self, training: bool, again: int = 0) -> None:
         """Make what the sites see of this step's tensors; `again` draws anew."""
+        if self.model is not None:
+            set_training(self.model, training)
+            if training:  # peft's layers draw of the process's own stream
+                torch.manual_seed(generator(self.seed, f"step {self.step}, {again}").initial_seed())
         for i, (placement, own, sites) in enumerate(zip(self.design.placements, self.own, self.sites, strict=True)):
             if not placement.expands:
                 continue
@@ -227,14 +231,10 @@ def adopt(
     rates: dict[float, list[Tensor]],
 ) -> None:
     """Give a lane a model of its own around the shared weights, with the tuner's tensors as the lane's."""
-    shared = {id(p): p for p in (*backbone.model.parameters(), *backbone.model.buffers())}
-    model = copy.deepcopy(backbone.model, shared | {id(backbone.attending): backbone.attending})
-    for module in model.modules():  # those of lanes that train just now were copied too
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    model = own_model(backbone)
     with torch.random.fork_rng():
         torch.manual_seed(lane.seed)
-        added = inject(method, model, sites)
+        _, added = inject(method, model, sites)
     for name, value in added.items():
         if value.is_floating_point():
             value.data = value.data.to(backbone.master_dtype)
@@ -243,6 +243,16 @@ def adopt(
         if trains:
             rates[1.0].append(value)
     lane.model = model
+
+
+def own_model(backbone: Backbone) -> nn.Module:
+    """A model around the shared weights, whose modules can be replaced."""
+    shared = {id(p): p for p in (*backbone.model.parameters(), *backbone.model.buffers())}
+    model = copy.deepcopy(backbone.model, shared | {id(backbone.attending): backbone.attending})
+    for module in model.modules():  # those of lanes that train just now were copied too
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model
 
 
 def declared_tensors(design: Design, backbone: Backbone) -> Iterator[tuple[str, Placement, Declared]]:

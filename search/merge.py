@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
     from peftscape.search.lane import Lane
     from peftscape.spaces.design import Placement
+    from peftscape.spaces.sites import Site
 
 
 def unmergeable(placement: Placement) -> str | None:
@@ -46,24 +47,49 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
         raise InputError("merge", [f"the backbone's weights are held as {backbone.quantised}; export the adapter"])
     if lane.design.full:
         return _all_weights(lane, backbone)
+    if shared := [path for path in _by_module(lane) if path in backbone.sites.position_paths]:
+        raise InputError("merge", [f"{shared[0]} projects the table of relative positions too, which no lane changes"])
     lane.unfold(training=False)
     found: dict[str, Tensor] = {}
+    refused: list[str] = []
     norms = {site.path for site in backbone.sites.sites if site.kind == "norm"}
     forward = Forward(backbone)
-    for path in dict.fromkeys(site.path for sites in lane.sites for site in sites):
-        module = backbone.model.get_submodule(path)
-        inputs = _opposites(module) if path in norms else _units(module, backbone)
-        before = module(inputs)[0]
-        forward.arrange([lane])
-        # The hooks adapt what they take for one lane with as many tokens as there are inputs.
-        backbone.attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]), source=None)  # type: ignore[assignment]
-        try:
-            change = module(inputs)[0] - before
-        finally:
-            backbone.attending.batch = None
-            forward.arrange([])
-        found |= {f"{path}.{name}": value for name, value in _changed(module, change, inputs, path in norms).items()}
+    forward.arrange([lane])
+    try:
+        for path, sites in _by_module(lane).items():
+            module: Any = backbone.model.get_submodule(path)
+            inputs = _opposites(module) if path in norms else _units(module, backbone)
+            change = _adapted(forward, module, inputs, sites) - module(inputs)[0]
+            changed = _changed(module, change, inputs, path in norms)
+            if getattr(module, "bias", None) is None and bool(changed.pop("bias").any()):
+                refused.append(path)
+            found |= {f"{path}.{name}": getattr(module, name).detach() + value for name, value in changed.items()}
+    finally:
+        forward.arrange([])
+    if refused:
+        first = f"{len(refused)} modules, the first {refused[0]}," if len(refused) > 1 else refused[0]
+        raise InputError("merge", [f"{first} without a bias cannot take the shift that training gave; export unmerged"])
     return found
+
+
+def _by_module(lane: Lane) -> dict[str, list[Site]]:
+    places: dict[str, list[Site]] = {}
+    for site in (site for sites in lane.sites for site in sites):
+        places.setdefault(site.path, []).append(site)
+    return places
+
+
+def _adapted(forward: Forward, module: Any, inputs: Tensor, sites: list[Site]) -> Tensor:
+    """What the lane's module gives for 1 x tokens x d_in; without a batch its hooks do nothing."""
+    attending = forward.backbone.attending
+    # The hooks adapt what they take for one lane with as many tokens as there are inputs.
+    attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]), source=None)  # type: ignore[assignment]
+    forward.read_as(inputs, [site.source for site in sites if site.source])
+    try:
+        out: Tensor = module(inputs)[0]
+        return out
+    finally:
+        attending.batch = None
 
 
 def _units(module: Any, backbone: Backbone) -> Tensor:
@@ -82,20 +108,12 @@ def _opposites(module: Any) -> Tensor:
 
 
 def _changed(module: Any, change: Tensor, inputs: Tensor, norm: bool) -> dict[str, Tensor]:
-    """The module's parameters after the change of its output for these inputs."""
+    """The change of the module's weight and bias that changes its output so for these inputs."""
     if norm:
-        bias = (change[0] + change[1]) / 2
         gain = module.weight.new_zeros(module.weight.shape) if not change.any() else _gain(module, change, inputs)
-        changes = {"weight": gain, "bias": bias}
-    else:
-        bias = change[-1]
-        weight = change[:-1] - bias
-        changes = {"weight": weight.T if isinstance(module, nn.Linear) else weight, "bias": bias}
-    if getattr(module, "bias", None) is None:
-        if bool(bias.any()):
-            raise InputError("merge", [f"a {type(module).__name__} without a bias cannot take one"])
-        del changes["bias"]
-    return {name: getattr(module, name).detach() + value for name, value in changes.items()}
+        return {"weight": gain, "bias": (change[0] + change[1]) / 2}
+    weight = change[:-1] - change[-1]
+    return {"weight": weight.T if isinstance(module, nn.Linear) else weight, "bias": change[-1]}
 
 
 def _gain(module: Any, change: Tensor, inputs: Tensor) -> Tensor:
@@ -107,12 +125,14 @@ def _gain(module: Any, change: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _all_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
-    """Of a lane that trains them all."""
-    delta, found, start = lane.own[0][0]["delta"].to(backbone.dtype), {}, 0
-    for name, weight in backbone.model.named_parameters():
-        found[name] = weight.detach() + delta[start : start + weight.numel()].view(weight.shape)
+    """Of a lane that trains them all, under every name that a shared one has; none where the head alone trains."""
+    if not lane.own[0]:
+        return {}
+    delta, trained, start = lane.own[0][0]["delta"].to(backbone.dtype), {}, 0
+    for weight in backbone.model.parameters():
+        trained[weight] = weight.detach() + delta[start : start + weight.numel()].view(weight.shape)
         start += weight.numel()
-    return found
+    return {name: trained[weight] for name, weight in backbone.model.named_parameters(remove_duplicate=False)}
 
 
 def _untie(model: Any, state: dict[str, Tensor]) -> None:

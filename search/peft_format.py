@@ -1,6 +1,7 @@
 """HF peft's form of a design, so that an adapter of ours is one of peft's.
 
-Configuration and tensors are written directly, without peft, from what each method says of itself (`Method.in_peft`).
+Configuration and tensors are written directly, without peft, from what each method says of itself (`Method.in_peft`);
+those of `peft:NAME` by peft itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from torch import Tensor
 from peftscape.search.adapter_folder import Card
 from peftscape.search.peft_folder import Change, InexpressibleError, PeftFolder
 from peftscape.search.peft_place import place
+from peftscape.search.peft_tuner import TunerFolder
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import tensor_key
 from peftscape.spaces.heads import layer_name
+from peftscape.spaces.hf_peft import HFPeft
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["InexpressibleError", "changes_of", "peft_form"]
 
 
-def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder:
+def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder | TunerFolder:
     """How HF peft expresses an adapter, so that its sequence classifier or language model gives equal logits.
 
     Raises:
@@ -36,6 +39,9 @@ def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder:
     named = layer_name(backbone.sites) if card.head == "token" else backbone.sites.head
     if card.head == "mean" or (card.head != "lm" and named is None):
         raise InexpressibleError(f'head = "{card.head}" is no head of transformers, which HF peft builds on')
+    if len(card.design.placements) == 1 and isinstance(lone := card.design.placements[0].method, HFPeft):
+        where = card.design.placements[0].where(backbone.sites)
+        return TunerFolder(lone, where, backbone, head, int(card.task.get("seed", 0)))
     changes = list(changes_of(card.design, backbone))
     if not changes:
         raise InexpressibleError("HF peft has no adapter that trains a head alone")
@@ -53,6 +59,8 @@ def changes_of(design: Design, backbone: Backbone) -> Iterator[Change]:
         if placement.share or placement.gate:
             raise InexpressibleError("HF peft knows neither gates nor tensors that sites share")
         for site, declared in placement.declared(backbone.sites):
+            if site.path in backbone.sites.position_paths:
+                raise InexpressibleError(f"HF peft changes what {site.path} makes of relative positions, lanes do not")
             form = placement.method.in_peft(site)
             if isinstance(form, str):
                 reasons[form] = None

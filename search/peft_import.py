@@ -1,6 +1,7 @@
 """A folder that HF peft wrote, read as a design of ours: what its configuration means at each module of its file.
 
-Training knobs are not in such a folder; the design has their defaults. Nothing is executed, peft is not imported.
+What no method of ours is becomes a `peft:NAME`, if the installed peft has it. Training knobs are not in such a folder;
+the design has their defaults. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from peftscape.search.adapter_folder import TENSORS, Card, declared
 from peftscape.search.backbone import Backbone
 from peftscape.search.head import Head, make_head
 from peftscape.search.language import Language
-from peftscape.search.peft_folder import InexpressibleError
-from peftscape.search.peft_format import changes_of
+from peftscape.search.peft_folder import InexpressibleError, PeftFolder
+from peftscape.search.peft_format import changes_of, peft_form
 from peftscape.search.peft_place import PATTERNS, place
+from peftscape.search.peft_tuner import TunerFolder, tuner_row, tuner_sites
 from peftscape.search.peft_virtual import refusal
 from peftscape.spaces.design import Design
 from peftscape.spaces.heads import layer_name, token_shapes
+from peftscape.spaces.hf_peft import HFPeft
 from peftscape.spaces.methods import methods
 from peftscape.spaces.words import InputError, nearest
 
@@ -44,8 +47,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise InputError(str(path), [f"it cannot be read as JSON: {error}"]) from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise InputError(str(path), ['no "peft_type": not a configuration that HF peft wrote'])
-    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"):
-        expected = "an adapter of a sequence or token classifier or a causal language model was expected"
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        expected = "an adapter of a sequence or token classifier or a language model was expected"
         found = f"task_type {config.get('task_type')!r}: {expected}"
         raise InputError(str(path), [found])
     return config
@@ -65,29 +68,40 @@ def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbo
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(str(path), [f"it cannot be read: {error}"]) from None
-    causal = config.get("task_type") == "CAUSAL_LM"
-    words = config.get("task_type") == "TOKEN_CLS"
-    head = make_head(backbone, kind="lm", outputs=2) if causal else _head(stored, backbone, str(path), words=words)
+    speaks, words = config["task_type"] in ("CAUSAL_LM", "SEQ_2_SEQ_LM"), config["task_type"] == "TOKEN_CLS"
+    if speaks and bool(backbone.sites.decoder_layers) != (config["task_type"] == "SEQ_2_SEQ_LM"):
+        raise InputError(str(directory), [f"task_type {config['task_type']} is none of a {backbone.sites.family}"])
+    head = make_head(backbone, kind="lm", outputs=2) if speaks else _head(stored, backbone, str(path), words=words)
     placements = _placements(config, stored, backbone, str(directory))
     card = Card(
         design=Design.from_json({"placements": placements}, where=str(directory)),
         head=head.kind, outputs=head.outputs, max_length=_longest(directory, backbone),
-        task={"language": Language("text", "all").json()} if head.kind == "lm" else {},
+        task={"language": _language(backbone).json()} if head.kind == "lm" else {},
     )  # fmt: skip
     if errors := card.design.check(backbone.sites):
         raise InputError(str(directory), errors)
+    shapes, _ = declared(card.design, backbone, head)
+    return card, _folder(card, backbone, head, str(directory)).from_peft(stored, shapes, str(path))
+
+
+def _folder(card: Card, backbone: Backbone, head: Head, where: str) -> PeftFolder | TunerFolder:
+    """How a design lies in a file that peft made."""
     order = {site: i for i, site in enumerate(backbone.sites.sites)}
     try:
+        if any(isinstance(p.method, HFPeft) for p in card.design.placements):
+            return peft_form(card, backbone, head)
         changes = sorted(changes_of(card.design, backbone), key=lambda c: order[c.site])
         form = changes[0].form
         # Virtual tokens that would give other logits here than there are refused as they are in export.
         if form.virtual and (why := refusal(card, backbone, [c.site for c in changes], form.kind)):
             raise InexpressibleError(why)
-        folder = place(changes, backbone, head, stacked=False)
+        return place(changes, backbone, head, stacked=False)
     except InexpressibleError as error:
-        raise InputError(str(directory), [str(error)]) from None
-    shapes, _ = declared(card.design, backbone, head)
-    return card, folder.from_peft(stored, shapes, str(path))
+        raise InputError(where, [str(error)]) from None
+
+
+def _language(backbone: Backbone) -> Language:
+    return Language("completion", "completion") if backbone.sites.decoder_layers else Language("text", "all")
 
 
 def _head(stored: Mapping[str, Tensor], backbone: Backbone, where: str, *, words: bool) -> Head:
@@ -107,19 +121,33 @@ def _placements(
     config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Backbone, where: str
 ) -> list[dict[str, Any]]:
     """Sites with the same method and knobs, kinds on the same layers together."""
+    start, kind = _start(config, backbone), config["peft_type"]
+    try:
+        sites = _sites(config, stored, backbone, where)
+        meant = [(meaning(settings_of(config, start + site.path), site), site) for site in sites]
+        if none := [f"no method of peftscape is what this {kind} does ({s.path})" for row, s in meant if row is None]:
+            raise InputError(where, list(dict.fromkeys(none))[:5])
+        return _rows([(row, site) for row, site in meant if row], backbone, where)
+    except InputError as error:
+        ours = error.errors
+    try:
+        whole = tuner_row(config, where)
+        rows = _rows([(whole, site) for site in tuner_sites(config, backbone, start, where)], backbone, where)
+    except InputError as error:
+        raise InputError(where, list(dict.fromkeys([*ours[:5], *error.errors[:5]]))) from None
+    if all(row["layers"] == "all" for row in rows):  # stacks count their layers apart
+        return [{**rows[0], "sites": [name for row in rows for name in row["sites"]]}]
+    if len(rows) > 1:
+        raise InputError(where, [f"this {kind} adapts other kinds of linears in some layers, which no design says"])
+    return rows
+
+
+def _rows(meant: Iterable[tuple[dict[str, Any], Site]], backbone: Backbone, where: str) -> list[dict[str, Any]]:
     found: dict[str, tuple[dict[str, Any], dict[str, set[int]]]] = {}
-    errors: dict[str, None] = {}
-    for site in _sites(config, stored, backbone, where):
-        settings = settings_of(config, _start(config, backbone) + site.path)
-        row = meaning(settings, site)
-        if row is None:
-            errors[f"no method of peftscape is what this {config['peft_type']} does ({site.path})"] = None
-        else:
-            _, layers = found.setdefault(json.dumps(row, sort_keys=True), (row, {}))
-            name = f"{site.stack}.{site.kind}" if backbone.sites.decoder_layers else site.kind
-            layers.setdefault(name, set()).add(site.layer)
-    if errors:
-        raise InputError(where, list(errors)[:5])
+    for row, site in meant:
+        _, layers = found.setdefault(json.dumps(row, sort_keys=True), (row, {}))
+        name = f"{site.stack}.{site.kind}" if backbone.sites.decoder_layers else site.kind
+        layers.setdefault(name, set()).add(site.layer)
     rows = []
     for row, kinds in found.values():
         together: dict[tuple[int, ...], list[str]] = {}
@@ -169,7 +197,8 @@ def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Ba
     sites = backbone.sites
     if "num_virtual_tokens" in config:
         kind = "input" if config["peft_type"] == "PROMPT_TUNING" else "kv"
-        return [s for s in sites.sites if s.kind == kind]
+        written = [s for s in sites.sites if s.kind == kind and s.stack == "decoder"]  # peft's prefixes go nowhere else
+        return written if kind == "kv" and sites.decoder_layers else [s for s in sites.sites if s.kind == kind]
     start, kinds = f"base_model.model.{_start(config, backbone)}", {k for m in methods().values() for k in m.sites}
     adapted: dict[str, list[Site]] = {}
     for site in sites.sites:

@@ -107,7 +107,12 @@ def _config(
     config |= {entry: list(dict.fromkeys(names)) for entry, names in listed.items()}
     if form.virtual:
         config |= virtual_config(backbone, form.kind)
-    config |= {"base_model_name_or_path": source(backbone) or None, "inference_mode": True}
+    return config | about_base(backbone, head)
+
+
+def about_base(backbone: Backbone, head: Head) -> dict[str, Any]:
+    """What `adapter_config.json` says of the model that an adapter stands on, and of its head."""
+    config = {"base_model_name_or_path": source(backbone) or None, "inference_mode": True}
     if head.kind == "lm":
         return config | {"task_type": "SEQ_2_SEQ_LM" if backbone.sites.decoder_layers else "CAUSAL_LM"}
     modules_to_save = backbone.sites.head.modules if backbone.sites.head is not None and head.kind == "class" else ()

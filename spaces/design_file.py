@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeGuard
 
 from peftscape.spaces.compositions import read_compositions
 from peftscape.spaces.design import Design, Placement, Training
+from peftscape.spaces.hf_peft import HFPeft
 from peftscape.spaces.knobs import MOST, is_finite
 from peftscape.spaces.methods import method
 from peftscape.spaces.sites import kind_in
@@ -79,8 +80,10 @@ def _placement(row: Any, at: str, errors: list[str]) -> Placement | None:
     defaults = kind().knobs()
     own = {k: v for k, v in row.items() if k not in COMMON}
     _unknown(own, (*defaults, *COMMON), f"{at}.", errors)
-    knobs = {k: _knob(v, defaults[k], f"{at}.{k}", errors) for k, v in own.items() if k in defaults}
-    if not kind.name.startswith("peft:"):
+    if issubclass(kind, HFPeft):
+        knobs = {k: _theirs(kind, k, v, f"{at}.{k}", errors) for k, v in own.items() if k in defaults}
+    else:
+        knobs = {k: _knob(v, defaults[k], f"{at}.{k}", errors) for k, v in own.items() if k in defaults}
         many = [k for k, v in knobs.items() if isinstance(v, int) and v > MOST]
         errors += [f"{at}.{k}: more than {MOST:,}" for k in many]
     for name, domain in kind.domains().items():
@@ -120,12 +123,19 @@ def _knob(value: Any, default: Any, at: str, errors: list[str]) -> Any:
     if isinstance(value, float) and not is_finite(value):
         errors.append(f"{at}: a finite number was expected, not {value!r}")
         return default
-    if default is None:  # a knob of another library's that may be anything
-        return value
     if type(value) is not type(default):
         errors.append(f"{at}: {type(default).__name__} expected, not {value!r}")
         return default
     return value
+
+
+def _theirs(kind: type[HFPeft], name: str, value: Any, at: str, errors: list[str]) -> Any:
+    """The value of another library's knob, or an error."""
+    try:
+        return kind.read_knob(name, value)
+    except ValueError as error:
+        errors.append(f"{at}: {error}")
+        return None
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -12,8 +12,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftscape.spaces.methods.base import Method, Tensor, Tensors
+from peftscape.spaces.peft_knobs import REFUSED, config_class, own_names, read_knob
 from peftscape.spaces.sites import LINEARS
-from peftscape.spaces.words import InputError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 PREFIX = "peft:"
-#: Fields of a configuration that say where and how it is stored rather than what it computes.
-NOT_KNOBS = ("inference_mode", "bias", "fan_in_fan_out", "use_dora", "ensure_weight_tying")
 
 
 class HFPeft(Method):
@@ -45,15 +43,22 @@ class HFPeft(Method):
         return 0  # peft says nothing of it: a run counts the frozen products alone
 
     def check(self, site: Site) -> str | None:
+        if self.tuner in REFUSED:
+            return f"method: peft:{self.tuner}: {REFUSED[self.tuner]}"
         try:
             _declared(self, (site,))
-        except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as error:
-            return f"config: peft refuses it: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever code of others raises
+            return f"config: peft refuses it: {(str(error) or type(error).__name__).splitlines()[0]}"
         return None
 
     def config(self, targets: list[str]) -> Any:
         """peft's configuration for these modules."""
-        return _config(self.tuner)(target_modules=targets, **self.knobs())
+        return config_class(self.tuner)(target_modules=targets, **self.knobs())
+
+    @classmethod
+    def read_knob(cls, name: str, value: Any) -> Any:
+        """A knob's value as peft takes it. Raises ValueError with what was expected."""
+        return read_knob(cls.tuner, name, value, cls.__dataclass_fields__[name].default)
 
 
 @cache
@@ -64,11 +69,11 @@ def tuner(name: str) -> type[HFPeft]:
         InputError: peft is not installed, or has no tuner of that name that targets modules.
     """
     kind = name.removeprefix(PREFIX).upper()
-    config = _config(kind)
+    config = config_class(kind)
     fields = [
         (f.name, Any, dataclasses.field(default=f.default))
         for f in dataclasses.fields(config)
-        if f.name in _own_names(config) and (f.default is None or isinstance(f.default, (bool, int, float, str)))
+        if f.name in own_names(config) and (f.default is None or isinstance(f.default, (bool, int, float, str)))
     ]
     body = {
         "__annotations__": {n: t for n, t, _ in fields},
@@ -82,21 +87,32 @@ def tuner(name: str) -> type[HFPeft]:
     return made
 
 
-def inject(method: HFPeft, model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Any]:
-    """Put the tuner into a model, in place; what it added by name: parameters and buffers."""
+def inject(method: HFPeft, model: nn.Module, sites: tuple[Site, ...]) -> tuple[Any, dict[str, Any]]:
+    """Put the tuner into a model, in place: peft's model, and what it added by name, parameters and buffers."""
     from peft import get_peft_model
 
     before = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     before |= {f"{site.path}.base_layer.{name}" for site in sites for name in ("weight", "bias")}
-    with warnings.catch_warnings():  # of peft's about transformers' next version
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():  # of peft's to those who call it themselves
+        warnings.simplefilter("ignore")
         whole = get_peft_model(model, method.config(list(dict.fromkeys(site.path for site in sites))))
     found = {}
     for name, value in (*whole.named_parameters(), *whole.named_buffers()):
         own = name.removeprefix("base_model.").removeprefix("model.")
         if own not in before and value.numel():
             found[own] = value
-    return found
+    set_training(whole, False)
+    return whole, found
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Have a tuner's layers drop and draw, or not; the backbone's own dropout stays off."""
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            for name, child in module.named_children():
+                if name != "base_layer":
+                    child.train(training)
+            module.training = training
 
 
 @cache
@@ -104,8 +120,12 @@ def _declared(method: HFPeft, sites: tuple[Site, ...]) -> tuple[tuple[str, Tenso
     """What the tuner would add to these linears, found on stand-ins of their shapes."""
     import torch
 
+    model = _stand_in(sites)
+    start = {id(p): p.detach().clone() for p in model.parameters()}
     with torch.random.fork_rng():
-        added = inject(method, _stand_in(sites), sites)
+        _, added = inject(method, model, sites)
+    if not all(torch.equal(start[id(p)], p) for p in model.parameters() if id(p) in start):
+        raise ValueError("its start writes the weights that all lanes share")
     return tuple(
         (
             name,
@@ -140,26 +160,3 @@ def _stand_in(sites: tuple[Site, ...]) -> nn.Module:
         wide = widths[site.path]
         at.add_module(last, Conv1D(wide, site.d_in) if site.transposed else nn.Linear(site.d_in, wide, bias=site.bias))
     return root
-
-
-@cache
-def _config(kind: str) -> Any:
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    except ImportError:
-        raise InputError("method", ["peft: methods need HF peft; pip install peft"]) from None
-    configs = {str(t.value): cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    tuners = [str(kind.value) for kind in PEFT_TYPE_TO_TUNER_MAPPING]
-    known = [k for k in tuners if "target_modules" in {f.name for f in dataclasses.fields(configs[k])}]
-    if kind not in known:
-        raise InputError("method", [f'HF peft has no tuner "{kind}" that targets modules{nearest(kind, known)}'])
-    return configs[kind]
-
-
-def _own_names(config: Any) -> set[str]:
-    """Fields that are the tuner's own, besides those that say where it goes."""
-    from peft import PeftConfig
-
-    shared = {f.name for f in dataclasses.fields(PeftConfig)} | set(NOT_KNOBS)
-    where = ("modules", "layers_", "_pattern", "pattern_", "_config")
-    return {f.name for f in dataclasses.fields(config) if f.name not in shared and not any(w in f.name for w in where)}

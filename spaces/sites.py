@@ -190,6 +190,12 @@ class SiteMap:
         return (*self.kinds, *stacked) if self.decoder_layers else self.kinds
 
     @cached_property
+    def position_paths(self) -> frozenset[str]:
+        """The linears that project a table of relative positions as well, which belongs to no lane."""
+        through = self.relative.through if self.relative is not None else ()
+        return frozenset(s.path for s in self.sites if s.kind in through)
+
+    @cached_property
     def _named(self) -> dict[tuple[str, ...], tuple[Site, ...]]:
         return {}
 

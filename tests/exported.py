@@ -107,7 +107,7 @@ def trained(folder: Path, *placements: dict[str, Any], head: HeadKind = "class",
         noise = torch.empty(value.shape).normal_(0, 0.3, generator=generator)
         if key.endswith("/started"):
             value.fill_(1.0)
-        elif key not in lane.passing:
+        elif key not in lane.passing and (lane.model is None or key in lane.params):
             value.data.add_(noise * lane.masks.get(key, torch.ones(())))
     labels = LABELS if outputs == 3 else ()
     card = Card(design=design, head=head, outputs=outputs, labels=labels, max_length=32, metric="accuracy")

@@ -18,6 +18,7 @@ from peftscape.spaces.words import InputError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of norms, which LN tuning adapts
 ]
@@ -79,6 +80,40 @@ def test_a_peft_folder_gives_equal_logits_in_peft(name: str, family: str, saved:
     wanted = run.logits()
     close(peft_logits(saved(family), tmp_path), wanted)
     close(load(tmp_path).logits(TEXTS), wanted)
+
+
+@pytest.mark.parametrize(
+    ("tuner", "config", "family"),
+    [
+        ("MISS", {"r": 4}, "llama"),
+        ("SHIRA", {"r": 2, "random_seed": 3}, "bert"),
+        ("RANDLORA", {"r": 4}, "bert"),
+        ("OSF", {}, "roberta"),
+        ("WAVEFT", {"n_frequency": 20}, "gpt2"),
+    ],
+)
+def test_a_tuner_of_peft_comes_back_from_its_folder_in_peft_and_here(
+    tuner: str, config: dict[str, Any], family: str, saved: Saved, tmp_path: Path
+) -> None:
+    run = trained(saved(family), {"method": f"peft:{tuner}", "config": config, "sites": ["v", "up"], "layers": [0, 2]})
+    exported = run.export(tmp_path)
+    assert exported.format == "peft", exported.reason
+    wanted = run.logits()
+    close(peft_logits(saved(family), tmp_path), wanted)
+    close(load(tmp_path).logits(TEXTS), wanted)
+    (tmp_path / "design.json").unlink()  # as another user of peft would hand it over
+    found = load(tmp_path, model=saved(family))
+    close(found.logits(TEXTS), wanted)
+    assert [(p.method, p.layers) for p in found.design.placements] == [
+        (p.method, p.layers) for p in run.card.design.placements
+    ]
+
+
+def test_a_tuner_whose_folder_does_not_hold_all_is_our_own_format(saved: Saved, tmp_path: Path) -> None:
+    config = {"num_vectors": 8, "vector_length": 8, "save_only_topk_weights": True}
+    run = trained(saved("bert"), {"method": "peft:VBLORA", "config": config})
+    assert "stores less than it trained" in run.export(tmp_path).reason
+    np.testing.assert_array_equal(load(tmp_path).logits(TEXTS), run.logits())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

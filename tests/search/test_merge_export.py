@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from exported import LABELS, TEXTS, base, close, trained
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from two_stacks import ANSWERS, make_pair_model, tokenizer
 from typer.testing import CliRunner
 
 from peftscape.cli import app
-from peftscape.search.adapter_folder import save
+from peftscape.search.adapter import Adapter
+from peftscape.search.adapter_folder import Card, save
+from peftscape.search.backbone import Backbone
+from peftscape.search.head import make_head
+from peftscape.search.lane import new_lane
+from peftscape.search.language import Language
+from peftscape.search.merge import export_merged
+from peftscape.spaces.design import Design
 
 # What folds into linears, biases and norms; at most one of them on a module of each family.
 BESIDE: list[dict[str, Any]] = [
@@ -62,3 +70,24 @@ def test_what_does_not_fold_in_and_the_backbones_own_folder_are_refused(tmp_path
     before = (path / "model.safetensors").read_bytes()
     assert "the backbone's own folder" in export(tmp_path / "run", path, code=2)
     assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_all_weights_of_a_model_that_holds_some_twice_are_written(tmp_path: Path) -> None:
+    """FLAN's T5 has its word embedding under three names, and a head of its own under a fourth."""
+    backbone = Backbone.load(make_pair_model(tmp_path / "base", "t5-gated"), dtype="float32")
+    head = make_head(backbone, kind="lm", outputs=2)
+    design = Design.from_json({"placements": [{"method": "full_finetuning"}]})
+    lane = new_lane(design, seed=0, steps=1, backbone=backbone, head=head)
+    for value in lane.params.values():
+        value.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(5))
+    task = {"language": Language("completion", "completion").json()}
+    card = Card(design=design, head="lm", outputs=2, max_length=32, metric="loss", task=task)
+    adapter = Adapter(card, backbone, head, lane.adapter())
+    export_merged(adapter, tmp_path / "whole")
+    model, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole").eval(), tokenizer()
+    for name, answer in ANSWERS.items():
+        labels = words(answer, return_tensors="pt").input_ids
+        with torch.no_grad():
+            theirs = model(**words(f"what likes {name}", return_tensors="pt"), labels=labels).loss
+        [said] = adapter.predict([f"what likes {name}"], [answer])
+        assert said["loss"] == pytest.approx(float(theirs), rel=1e-5)

@@ -16,6 +16,7 @@ from peftscape.spaces.words import InputError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of norms, which LN tuning adapts
 ]
@@ -63,6 +64,15 @@ FOLDERS: dict[str, tuple[str, peft.PeftConfig, set[str]]] = {
     "boft": ("bert", peft.BOFTConfig(boft_block_size=4, target_modules=BERT), {"boft"}),
     "ln tuning": ("llama", peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
                   {"ln_tuning"}),
+    "prompt": ("llama", peft.PromptTuningConfig(num_virtual_tokens=3), {"prompt_tuning"}),
+    "mica": ("bert", peft.LoraConfig(r=2, target_modules=BERT, init_lora_weights="mica"), {"peft:LORA"}),
+    "miss": ("llama", peft.MissConfig(r=4, target_modules=ALL, init_weights="bat"), {"peft:MISS"}),
+    "delora": ("bert", peft.DeloraConfig(r=3, target_modules=BERT, layers_to_transform=[0, 2]), {"peft:DELORA"}),
+    "unilora": ("bert", peft.UniLoraConfig(r=2, theta_d_length=32, target_modules=BERT), {"peft:UNILORA"}),
+    "vblora": (
+        "bert", peft.VBLoRAConfig(num_vectors=8, vector_length=8, target_modules=r".*attention.*\.(key|dense)"),
+        {"peft:VBLORA"},
+    ),
     "prefix": ("bert", peft.PrefixTuningConfig(num_virtual_tokens=4), {"prefix_tuning"}),
 }  # fmt: skip
 
@@ -86,7 +96,8 @@ def test_pefts_own_folder_gives_equal_logits(name: str, saved: Saved, tmp_path: 
     written(saved(family), config, tmp_path)
     found = load(tmp_path, model=saved(family))
     assert {p.method.name for p in found.design.placements} == names
-    close(found.logits(TEXTS), peft_logits(saved(family), tmp_path))
+    # Behind peft's prompts padding has positions of its own.
+    close(found.logits(TEXTS), peft_logits(saved(family), tmp_path, one_by_one=name == "prompt"))
     assert found.card.outputs == 3
     assert load(tmp_path).design == found.design, "the backbone is found where peft says"
 
@@ -103,6 +114,31 @@ def test_a_design_says_what_pefts_configuration_said(saved: Saved, tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (peft.MissConfig(r=4, target_modules=["pooler.dense"]), "bert has no such site"),
+        (peft.MissConfig(r=4, target_modules=["0.attention.self.query", "1.attention.self.key"]), "which no design"),
+        (peft.DeloraConfig(r=4, target_modules=["query"], rank_pattern={"layer.1.*": 2}), "rank_pattern: "),
+    ],
+)
+def test_a_tuner_that_no_design_says_is_refused(
+    config: peft.PeftConfig, said: str, saved: Saved, tmp_path: Path
+) -> None:
+    written(saved("bert"), config, tmp_path)
+    with pytest.raises(InputError, match=said):
+        load(tmp_path, model=saved("bert"))
+
+
+def test_what_a_tuner_drew_and_no_lane_would_draw_is_refused(saved: Saved, tmp_path: Path) -> None:
+    """SHiRA's places are in peft's file, in a lane they follow from the configuration."""
+    written(saved("bert"), peft.ShiraConfig(r=2, target_modules=["query"], random_seed=3), tmp_path)
+    close(load(tmp_path, model=saved("bert")).logits(TEXTS), peft_logits(saved("bert"), tmp_path))
+    _edit(tmp_path, random_seed=4)
+    with pytest.raises(InputError, match="SHIRA drew at random what it does"):
+        load(tmp_path, model=saved("bert"))
+
+
 def _edit(directory: Path, **changes: Any) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -117,13 +153,16 @@ def test_what_is_no_design_of_ours_is_refused(saved: Saved, tmp_path: Path) -> N
     with pytest.raises(InputError, match="bert has no such site"):
         load(tmp_path / "other", model=saved("bert"))
     _edit(tmp_path, lora_bias=True)
-    with pytest.raises(InputError, match="no method of peftscape is what this LORA does"):
+    with pytest.raises(InputError, match=r"lora_B\.bias: missing"):
         load(tmp_path)
     _edit(tmp_path, lora_bias=False, init_lora_weights="pissa")
-    with pytest.raises(InputError, match="no method of peftscape is what this LORA does"):
+    with pytest.raises(InputError, match="writes the weights that all lanes share; use the method"):
         load(tmp_path)
-    _edit(tmp_path, task_type="QUESTION_ANS")
-    with pytest.raises(InputError, match="a sequence or token classifier or a causal language model was expected"):
+    _edit(tmp_path, init_lora_weights=True, task_type="QUESTION_ANS")
+    with pytest.raises(InputError, match="a sequence or token classifier or a language model was expected"):
+        load(tmp_path)
+    _edit(tmp_path, task_type="SEQ_CLS", peft_type="POLY")
+    with pytest.raises(InputError, match=r"what this POLY does(.|\n)*wants the number of a task"):
         load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="not a configuration that HF peft wrote"):

@@ -13,6 +13,7 @@ import contract
 import numpy as np
 import pytest
 import torch
+from merged import anywhere, apart, by_weights, homeless_shifts, with_head
 from transformers import BartConfig, PreTrainedConfig, T5Config
 
 from peftscape.spaces.design import Design
@@ -93,3 +94,17 @@ def test_every_method_starts_at_the_backbone_and_trains_packed_as_if_alone(famil
         contract.assert_trained_alike(one, alone, family)
         moved = [not torch.equal(value, fresh[name].params[key]) for key, value in one.params.items()]
         assert all(moved) or one.masks or "share" in name or len(moved) > sum(moved) > 0, name
+
+
+@families
+def test_every_method_that_merges_gives_its_logits_from_weights(family: str) -> None:
+    for name, design in designs(family).items():
+        if not design.placements or not design.placements[0].merges:
+            continue
+        own = anywhere(design, family)
+        for shift in homeless_shifts(own, family):
+            shift.data.zero_()
+        found = contract.logits(own, family)
+        assert apart(by_weights(own, family), found) < 1e-6, name
+        if name != "head_only":
+            assert apart(contract.logits(with_head(own, family), family), found) > 1e-4, f"{name} changes nothing"

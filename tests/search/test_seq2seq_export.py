@@ -73,6 +73,38 @@ def test_virtual_tokens_give_pefts_losses_and_texts(family: str, designs: int, t
         assert adapter.generate(asked[:1], most=3) == [words.decode(told[0][:4], skip_special_tokens=True)]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.parametrize(
+    ("family", "config", "methods"),
+    [
+        ("t5", peft.LoraConfig(r=3, target_modules=["q", "v", "wo"]), {"lora"}),
+        ("bart", peft.LoraConfig(r=3, target_modules=["q_proj", "fc1"], use_dora=True), {"dora"}),
+        ("t5", peft.MissConfig(r=4, target_modules=["k"]), {"peft:MISS"}),
+    ],
+)
+def test_what_peft_wrote_of_an_encoder_decoder_is_read(
+    family: str, config: peft.PeftConfig, methods: set[str], tmp_path: Path
+) -> None:
+    base, out = make_pair_model(tmp_path / "base", family), tmp_path / "out"
+    torch.manual_seed(0)
+    config.task_type = "SEQ_2_SEQ_LM"
+    tuned = peft.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base), config).eval()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    tuned.save_pretrained(out)
+    adapter = load(out, model=base)
+    assert {p.method.name for p in adapter.design.placements} == methods
+    asked, words = [f"what likes {name}" for name in ANSWERS], AutoTokenizer.from_pretrained(base)
+    batch, answers = (words(texts, padding=True, return_tensors="pt") for texts in (asked, list(ANSWERS.values())))
+    with torch.no_grad():
+        labels = answers.input_ids.masked_fill(answers.input_ids == 0, -100)
+        logits = tuned(**batch, labels=labels).logits.log_softmax(-1)
+    for row, label, said in zip(logits, answers.input_ids, adapter.predict(asked, list(ANSWERS.values())), strict=True):
+        own = label[label != 0]
+        assert said["loss"] == pytest.approx(-float(row[torch.arange(len(own)), own].mean()), abs=1e-5)
+
+
 def test_every_layers_rows_are_in_the_file_once(tmp_path: Path) -> None:
     base = make_pair_model(tmp_path / "base", "t5")
     written(base, tmp_path / "peft", PREFIX)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract import BATCH, HEAD_ONLY, SITES, STEPS, backbone, cohort, head, lane, logits, move, split, train
+from contract import BATCH, HEAD_ONLY, SITES, STEPS, backbone, cohort, head, lane, split, train
 from torch import Tensor
 
 from peftscape.search.backbone import Backbone
@@ -101,28 +101,6 @@ def test_weights_outside_the_mask_are_the_backbones_own_in_spite_of_decay(method
     assert moved > 0.9 * density * total, "hardly any of the chosen weights stays where it was"
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("method", ["fish_mask", "sam", "lt_sft", "diff_pruning", "child_tuning", "threshold_mask"])
-def test_a_lane_gives_what_the_model_with_its_weights_gives(family: str, method: str) -> None:
-    own = lane(design(method), 3, family)
-    prepare(own, cohort(family))
-    move([own])
-    found = logits(own, family)
-    model = whole(family).model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    changed = merged_weights(own, whole(family))
-    assert set(changed) <= set(before)
-    plain = lane(HEAD_ONLY, 3, family)
-    for key, value in plain.params.items():
-        value.data.copy_(own.params[key])
-    try:
-        model.load_state_dict({**before, **changed})
-        wanted = logits(plain, family)
-    finally:
-        model.load_state_dict(before)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
 def test_lt_sft_rewinds_to_the_largest_changes_of_its_first_phase() -> None:
     chosen, shared = design("lt_sft", density=0.1), cohort("bert")
     own = lane(chosen, 3, "bert")
@@ -149,6 +127,37 @@ def test_lt_sft_rewinds_to_the_largest_changes_of_its_first_phase() -> None:
         shared.step()
     shared.close()
     assert set(delta.nonzero()[:, 0].tolist()) <= largest
+
+
+def test_diff_pruning_keeps_the_largest_gated_changes_and_trains_them_without_a_gate() -> None:
+    own, shared = lane(design("diff_pruning", density=0.1), 3, "bert"), cohort("bert")
+    row, method = own.own[0][0], own.design.placements[0].method
+    with torch.no_grad():  # gates of all degrees, which twelve steps would not reach
+        row["alpha"].normal_(-5, 2, generator=torch.Generator().manual_seed(2))
+    shared.admit(own)
+    for _ in range(STEPS // 2 - 1):
+        shared.step()
+    last: dict[str, Tensor] = {}
+    own.optimizer.register_step_post_hook(
+        lambda *_: last.update({name: row[name].detach().clone() for name in ("delta", "alpha")})
+    )
+    shared.step()
+    assert not own.optimizer.state, "the second phase starts without momentum"
+    gate = (torch.sigmoid(last["alpha"] + 5) * 3 - 1.5).clamp(0, 1)
+    assert 0.2 < float((gate == 0).double().mean()) < 0.8
+    gated, count = gate * last["delta"], round(0.1 * len(gate))
+    largest = gated.abs().argsort(descending=True)[:count]
+    assert set(row["chosen"].nonzero()[:, 0].tolist()) == set(largest.tolist())
+    assert set(largest.tolist()) != set(last["delta"].abs().argsort(descending=True)[:count].tolist())
+    torch.testing.assert_close(row["delta"], torch.zeros_like(gated).index_copy(0, largest, gated[largest]))
+    while not own.done:
+        for source in (None, torch.Generator().manual_seed(own.step)):  # z = 1 whatever alpha says, and without noise
+            seen = torch.cat([part["delta"].reshape(-1) for part in method.expand(own.own[0], own.sites[0], source)])
+            assert torch.equal(seen, row["delta"])
+        shared.step()
+    shared.close()
+    assert set(row["delta"].nonzero()[:, 0].tolist()) == set(largest.tolist())
+    assert not torch.equal(row["delta"][largest], gated[largest])
 
 
 def test_diff_prunings_gate_opens_as_often_as_its_formula_says() -> None:

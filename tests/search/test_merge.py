@@ -1,0 +1,59 @@
+"""Every method that says it folds into the weights does: transformers' own model with them gives the lane's logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from contract import ALL, CONFIGS, SITES, examples, kind_of, logits, on
+from merged import anywhere, apart, by_transformers, homeless_shifts, with_head
+from plain import TOLERANCE, design
+from transformers import DebertaV2Config
+
+from peftscape.spaces.sites import site_map
+from peftscape.spaces.words import InputError
+
+MERGING = [(name, family) for name, family in ALL if kind_of(name).merges and examples(name, family)]
+
+
+@on(MERGING)
+def test_merged_weights_give_the_lanes_logits(name: str, family: str) -> None:
+    # All its sites and its own, all layers and one; and of a method with a size masks as well.
+    for of in examples(name, family)[: 2 if kind_of(name).execution == "rewritten" else 4]:
+        own = anywhere(of, family)
+        if not of.placements[0].merges:
+            with pytest.raises(InputError, match="the gate on lora depends on the text"):
+                by_transformers(own, family)
+            continue
+        if shifts := homeless_shifts(own, family):
+            with pytest.raises(InputError, match="without a bias"):
+                by_transformers(own, family)
+            for shift in shifts:
+                shift.data.zero_()
+        found = logits(own, family)
+        assert apart(by_transformers(own, family), found) < TOLERANCE[family], of.label
+        if name != "head_only":
+            assert apart(logits(with_head(own, family), family), found) > 1e-3, "it changes nothing"
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8, "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_linears_that_project_positions_too_do_not_merge(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane changes what DeBERTa-v2's queries and keys make of texts, its weights what they make of positions too."""
+    family = f"deberta-v2 {shared}"
+    monkeypatch.setitem(CONFIGS, family, DebertaV2Config(**_SHAPE, share_att_key=shared))
+    monkeypatch.setitem(SITES, family, site_map(CONFIGS[family].to_dict()))
+    others: dict[str, Any] = {"method": "lora", "sites": ["v", "o", "up", "down"]}
+    for row in ({"method": "lora", "sites": ["q"]}, {"method": "dora", "sites": ["k"]}, {"method": "bitfit"}, others):
+        own = anywhere(design(row), family)
+        if shared and row != others:
+            with pytest.raises(InputError, match="projects the table of relative positions too"):
+                by_transformers(own, family)
+        else:
+            assert apart(by_transformers(own, family), logits(own, family)) < 1e-5
