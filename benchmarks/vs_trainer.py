@@ -106,7 +106,9 @@ def drawn(session: Session, space: Any, count: int) -> list[Design]:
 
 
 def expressible(session: Session, design: Design) -> dict[str, Any] | None:
-    """HF peft's configuration of a design, if it has one."""
+    """HF peft's configuration of a design, if peft trains it as it is: a mask could be exported, not trained."""
+    if any(p.mask or p.share or p.gate or p.drop for p in design.placements):
+        return None
     card = Card(design=design, head="class", outputs=session.task.num_outputs, max_length=128)
     try:
         return dict(peft_form(card, session.backbone, session.head).config)
