@@ -4,9 +4,10 @@
                                  [--processes 2]
 
 MiniLM, the same number of examples for every method. The learning rate is chosen on validation data among seven over
-two decades, for every method alike; five further seeds at that rate are scored on the test data (at most 2,000 texts).
-Rates and seeds run as lanes. What is there already is not run again: the result is written after each method. At the
-end one lane of each is timed alone, with nothing beside it. Writes `results/methods.json` and prints the table.
+two decades, for every method alike; while the best is the lowest or highest, two more are tried there. Five further
+seeds at that rate are scored on the test data (at most 2,000 texts). Rates and seeds run as lanes. What is there already
+is not run again: the result is written after each method. At the end one lane of each is timed alone, with nothing
+beside it. Writes `results/methods.json` and prints the tables.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from peftscape.spaces.methods import methods
 from peftscape.spaces.presets import textbook
 
 OUT = Path(__file__).parent / "results" / "methods.json"
-RATES = [round(3e-4 * 10 ** (i / 3), 7) for i in range(7)]  # 3e-4 to 3e-2: few steps want large rates
+STEP = 10 ** (1 / 3)
+RATES = [round(3e-4 * STEP**i, 7) for i in range(7)]  # 3e-4 to 3e-2: few steps want large rates
+MOST_RATES = 13
 SEEDS = range(100, 105)
 #: Lanes at once; methods with weights of their own for each lane take more memory.
 LANES = {"packed": 8, "rewritten": 3, "solo": 1}
@@ -91,21 +94,26 @@ def main() -> None:
     }
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        running = {pool.submit(measured, *job): key for key, job in jobs.items() if key not in found["rows"]}
+        rows = found["rows"]
+        running = {
+            pool.submit(measured, *job, rows.get(key)): key
+            for key, job in jobs.items()
+            if key not in rows or beyond(scores_of(rows[key]))
+        }
         for future in tqdm(as_completed(running), total=len(running), unit="method"):
             if error := future.exception():
                 tqdm.write(f"{running[future]} failed: {error!r}")
                 continue
-            found["rows"][running[future]] = future.result()
+            rows[running[future]] = future.result()
             write(found)
-    jobs = {key: job for key, job in jobs.items() if key in found["rows"]}
+    jobs = {key: job for key, job in jobs.items() if key in rows}
     for key, (task, name, examples, batch) in tqdm(jobs.items(), unit="method alone"):
-        if "alone_s" not in found["rows"][key]:
-            found["rows"][key]["alone_s"] = alone(opened(task, examples, batch), name)
+        if "alone_s" not in rows[key]:
+            rows[key]["alone_s"] = alone(opened(task, examples, batch), name)
             write(found)
     for task in args.tasks.split(","):
         print(f"\n{task}: {args.examples} examples, batches of {args.batch}\n")
-        print(table([found["rows"][key] for key, job in jobs.items() if job[0] == task]))
+        print(table([rows[key] for key, job in jobs.items() if job[0] == task]))
 
 
 def write(found: dict[str, Any]) -> None:
@@ -147,34 +155,61 @@ def kind(design: Design) -> str:
     return repr([(p.method.name, p.sites, p.layers, p.mask, p.share, p.gate, p.drop) for p in design.placements])
 
 
-def measured(task: str, name: str, examples: int, batch: int) -> dict[str, Any]:
-    """Choose the rate, train the seeds."""
+def measured(task: str, name: str, examples: int, batch: int, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Choose the rate, train the seeds; going on from a row whose rates were too few."""
     session = opened(task, examples, batch)
     design = designs(session)[name]
     started = time.perf_counter()
     lanes = min((LANES[p.method.execution] for p in design.placements), default=8)
-    tried = trained(session, [(at_rate(design, rate), 0) for rate in RATES], lanes, "validation")
-    scores = [score for _, score in tried]
-    best = int(np.nanargmax(scores))
-    again = trained(session, [(at_rate(design, RATES[best]), seed) for seed in SEEDS], lanes, "test")
-    tests = [score for _, score in again]
+    scores = scores_of(known) if known is not None else {}
+    while more := beyond(scores):
+        tried = trained(session, [(at_rate(design, rate), 0) for rate in more], lanes, "validation")
+        scores |= {rate: score for rate, (_, score) in zip(more, tried, strict=True)}
+    rate = best_of(scores)
+    if known is None or known["rate"] != rate:
+        again = trained(session, [(at_rate(design, rate), seed) for seed in SEEDS], lanes, "test")
+        tests = [score for _, score in again]
+    else:
+        tests = known["test"]
     mean, error = statistics.mean(tests), statistics.stdev(tests) / math.sqrt(len(tests))
     costs = design_costs(session, design)
     return {
         "task": task,
         "method": name,
         "label": design.label,
-        "rates": dict(zip(map(str, RATES), scores, strict=True)),
-        "rate": RATES[best],
+        "rates": {str(rate): scores[rate] for rate in sorted(scores)},
+        "rate": rate,
         "test": tests,
         "test_mean": mean,
         "test_half_width": error * float(student.ppf(0.975, len(tests) - 1)),
-        "expected_best": expected_best(scores),
+        "expected_best": expected_best(list(scores.values())),
         "adapter": costs.adapter,
         "train_flops": costs.train_flops,
         "peak_bytes": costs.peak_bytes,
-        "wall_s": time.perf_counter() - started,
+        "wall_s": time.perf_counter() - started + (known["wall_s"] if known is not None else 0.0),
     }
+
+
+def scores_of(row: dict[str, Any]) -> dict[float, float]:
+    """The validation score of each rate that was tried."""
+    return {float(rate): score for rate, score in row["rates"].items()}
+
+
+def best_of(scores: dict[float, float]) -> float:
+    """The rate with the best score, the smallest of equals."""
+    rates = sorted(scores)
+    return rates[int(np.nanargmax([scores[rate] for rate in rates]))]
+
+
+def beyond(scores: dict[float, float]) -> list[float]:
+    """The rates to try next: first all, then two more where the best is at an end; none where it has neighbours."""
+    if not scores:
+        return RATES
+    best = best_of(scores)
+    if len(scores) >= MOST_RATES or min(scores) < best < max(scores):
+        return []
+    factor = 1 / STEP if best == min(scores) else STEP
+    return [round(best * factor**i, 9) for i in (1, 2)]
 
 
 def at_rate(design: Design, rate: float) -> Design:
