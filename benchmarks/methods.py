@@ -5,8 +5,8 @@
 
 MiniLM, the same number of examples for every method. The learning rate is chosen on validation data among seven over
 two decades, for every method alike; while the best is the lowest or highest, two more are tried there. Five further
-seeds at that rate are scored on the test data (at most 2,000 texts). Rates and seeds run as lanes. What is there already
-is not run again: the result is written after each method. At the end one lane of each is timed alone, with nothing
+seeds at that rate are scored on the test data (at most 2,000 texts). Rates and seeds run as lanes. What is there
+stays: the result is written after each method. At the end one lane of each is timed alone, with nothing
 beside it. Writes `results/methods.json` and prints the tables.
 """
 
