@@ -72,7 +72,7 @@ def recorded(path: Path) -> Table:
         work=_relative([row["costs"]["train_flops"] for row in rows]),
         textbook=np.array([row["textbook"] is not None for row in rows]),
         floor=floor,
-        slow=np.array([Design.from_json(row["design"]).slow for row in rows]),
+        slow=np.array([Design.from_json(row["design"]).starts_slowly for row in rows]),
         reference=float(finals[floor].mean()) if floor.any() else worst,
     )
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from peftscape.spaces.design import Design
 from peftscape.spaces.presets import textbook
 from peftscape.spaces.space_file import read_space
 
-_SESSIONS: list[Session] = []
 FRACTIONS = (1 / 27, 1 / 18, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 
 
@@ -96,14 +96,18 @@ def main() -> None:
 
 def opened(args: argparse.Namespace) -> Session:
     """The task and the backbone, read once a process."""
-    if not _SESSIONS:
-        config = SearchConfig(
-            task=TaskConfig(name="trec6", validation_size=args.validation),
-            model=ModelConfig(source="minilm", dtype=args.dtype, device=args.device),
-            search=SearchSettings(batch_size=args.batch, examples=args.examples, lanes=args.lanes),
+    return _opened(args.validation, args.dtype, args.device, args.batch, args.examples, args.lanes)
+
+
+@cache
+def _opened(validation: int, dtype: str, device: str, batch: int, examples: int, lanes: int) -> Session:
+    return open_session(
+        SearchConfig(
+            task=TaskConfig(name="trec6", validation_size=validation),
+            model=ModelConfig(source="minilm", dtype=dtype, device=device),
+            search=SearchSettings(batch_size=batch, examples=examples, lanes=lanes),
         )
-        _SESSIONS.append(open_session(config))
-    return _SESSIONS[0]
+    )
 
 
 def drawn(session: Session, count: int) -> list[tuple[str | None, Design]]:

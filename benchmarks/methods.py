@@ -1,7 +1,7 @@
 """Every method on two tasks: this project's small counterpart of the survey's experiment.
 
     python benchmarks/methods.py [--examples 640] [--batch 8] [--methods lora,ia3] [--tasks trec6,rotten_tomatoes]
-                                 [--processes 2]
+                                 [--processes 2] [--table]
 
 MiniLM, the same number of examples for every method. The learning rate is chosen on validation data among seven over
 two decades, for every method alike; while the best is the lowest or highest, two more are tried there. Five further
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--methods", default="")
     parser.add_argument("--tasks", default="trec6,rotten_tomatoes")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     parser.add_argument("--processes", type=int, default=2, help="each on its share of the cores; small models like it")
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {"rows": {}}
@@ -98,7 +99,7 @@ def main() -> None:
         running = {
             pool.submit(measured, *job, rows.get(key)): key
             for key, job in jobs.items()
-            if key not in rows or beyond(scores_of(rows[key]))
+            if not args.table and (key not in rows or beyond(scores_of(rows[key])))
         }
         for future in tqdm(as_completed(running), total=len(running), unit="method"):
             if error := future.exception():
@@ -108,7 +109,7 @@ def main() -> None:
             write(found)
     jobs = {key: job for key, job in jobs.items() if key in rows}
     for key, (task, name, examples, batch) in tqdm(jobs.items(), unit="method alone"):
-        if "alone_s" not in rows[key]:
+        if "alone_s" not in rows[key] and not args.table:
             rows[key]["alone_s"] = alone(opened(task, examples, batch), name)
             write(found)
     for task in args.tasks.split(","):
@@ -283,7 +284,10 @@ def expected_best(scores: list[float]) -> list[float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of one task: test scores with 95 % t-intervals, their gain on the head alone, costs beside full fine-tuning."""
+    """Of one task: test scores with 95 % t-intervals, their gain on the head alone, costs in those of full fine-tuning.
+
+    A rate with a star is at an end of those that were tried.
+    """
     of = {row["method"]: row for row in rows}
     full, head = of.get("full_finetuning"), of.get("head_only")
     lines = [
@@ -297,12 +301,20 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['test_mean']:.3f} ± {row['test_half_width']:.3f}",
             gain(row["test"], head["test"]) if head is not None and row is not head else "",
             f"{row['adapter']:,}",
-            *(f"{row[key] / full[key]:.2f}" if full else "" for key in ("train_flops", "peak_bytes", "alone_s")),
-            f"{row['rate']:.1e}",
+            *(
+                f"{row[key] / full[key]:.2f}" if full and key in row.keys() & full.keys() else ""
+                for key in ("train_flops", "peak_bytes", "alone_s")
+            ),
+            f"{row['rate']:.1e}" + (" *" if beyond(scores_of(row)) else ""),
             ", ".join(f"{best[min(n, len(best)) - 1]:.2f}" for n in (1, 3, 7)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def relative(row: dict[str, Any], full: dict[str, Any] | None, key: str) -> str:
+    """A cost in that of full fine-tuning; nothing where one of the two was not measured."""
+    return f"{row[key] / full[key]:.2f}" if full is not None and key in row.keys() & full.keys() else ""
 
 
 def gain(scores: list[float], head: list[float]) -> str:

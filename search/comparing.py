@@ -119,13 +119,13 @@ class Comparing:
         return not self.storage.is_shared or (self.checkpoints is not None and self.checkpoints.has(number))
 
     def _marks(self, trial: Trial) -> dict[str, Any]:
-        """What the comparison has to know of a trial, where it matters: each is a commit of its own in the database."""
+        """What the comparison has to know of a trial, where it matters."""
         if len(trial.rungs) > 1:
             return {}
         alone = [placement.method.name for placement in trial.design.placements] == ["head_only"]
         marks = {
             PROTECTED: trial.safe,
             FLOOR: trial.safe and alone,
-            BRACKET: self.rungs.bracket(trial.number, slow=trial.design.slow),
+            BRACKET: self.rungs.bracket(trial.number, slow=trial.design.starts_slowly),
         }
         return {name: value for name, value in marks.items() if value}

@@ -185,17 +185,8 @@ class Forward:
         whole = self._groups("model")
         if not whole:
             return run()
-        delta, frozen = (
-            whole[0].members[0]["delta"].to(self.backbone.dtype),
-            dict(self.backbone.model.named_parameters()),
-        )
-        # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
-        parts = torch.split(delta, [weight.numel() for weight in frozen.values()])
-        weights = {
-            f"model.{name}": weight + part.view(weight.shape)
-            for (name, weight), part in zip(frozen.items(), parts, strict=True)
-        }
-        self._weights = weights
+        changed = changed_weights(self.backbone.model, whole[0].members[0]["delta"].to(self.backbone.dtype))
+        self._weights = weights = {f"model.{name}": weight for name, weight in changed.items()}
         try:
             out: Tensor = torch.func.functional_call(Around(self.backbone.model), weights, (run,))
         finally:
@@ -359,6 +350,16 @@ class Forward:
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""
         return x.reshape(self.lanes, -1, x.shape[-1])
+
+
+def changed_weights(model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
+    """Every weight of a model, by name, with its part of a change of them all."""
+    # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
+    parts = torch.split(delta, [weight.numel() for weight in model.parameters()])
+    return {
+        name: weight + part.view(weight.shape)
+        for (name, weight), part in zip(model.named_parameters(), parts, strict=True)
+    }
 
 
 def _adapt(stage: Stage, x: Tensor, y: Tensor, batch: Batch) -> Tensor:

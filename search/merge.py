@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftscape.search.fingerprint import source
 from peftscape.search.folders import replacing
-from peftscape.search.forward import Forward
+from peftscape.search.forward import Forward, changed_weights
 from peftscape.search.head import auto_class
 from peftscape.spaces.words import InputError
 
@@ -128,11 +128,9 @@ def _all_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     """Of a lane that trains them all, under every name that a shared one has; none where the head alone trains."""
     if not lane.own[0]:
         return {}
-    delta, trained, start = lane.own[0][0]["delta"].to(backbone.dtype), {}, 0
-    for weight in backbone.model.parameters():
-        trained[weight] = weight.detach() + delta[start : start + weight.numel()].view(weight.shape)
-        start += weight.numel()
-    return {name: trained[weight] for name, weight in backbone.model.named_parameters(remove_duplicate=False)}
+    trained = changed_weights(backbone.model, lane.own[0][0]["delta"].detach().to(backbone.dtype))
+    first = {weight: name for name, weight in backbone.model.named_parameters()}
+    return {name: trained[first[weight]] for name, weight in backbone.model.named_parameters(remove_duplicate=False)}
 
 
 def _untie(model: Any, state: dict[str, Tensor]) -> None:

@@ -223,7 +223,7 @@ class Storage:
 
         Args:
             record: of the trial as far as it is.
-            marks: further attributes of the trial, written before.
+            marks: further attributes of the trial.
 
         Returns:
             False if the trial is no longer this worker's.
@@ -235,9 +235,10 @@ class Storage:
             if found.state != TrialState.RUNNING or found.user_attrs.get("worker", "") != worker:
                 return False
             costs = [float(o.value(record)) for o in self.objectives[1:]]
-            for name, value in {"record": record.to_json(), **marks}.items():
-                self._set(record.number, name, value)
-            self._set(record.number, SCORES, [[rung.validation, *costs] for rung in record.rungs])
+            scores = [[rung.validation, *costs] for rung in record.rungs]
+            with one_transaction(self._database):
+                for name, value in {"record": record.to_json(), **marks, SCORES: scores}.items():
+                    self._set(record.number, name, value)
         return True
 
     def go_on(self, number: int, worker: str) -> Any:

@@ -205,7 +205,7 @@ class Design:
         return " + ".join(p.label for p in self.placements) or "head_only"
 
     @property
-    def slow(self) -> bool:
+    def starts_slowly(self) -> bool:
         """Whether it is made of prompts and prefixes alone, which show little in their first steps."""
         methods = [placement.method for placement in self.placements]
         return bool(methods) and all(m.prompt_length() or m.prefix_length() for m in methods)
