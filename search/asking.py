@@ -122,7 +122,7 @@ class Asking:
     def _retests(self) -> int:
         """Lanes of the retest to come; the budget hears what others spent meanwhile."""
         self.budget.hear(self.workers.all(), self._me)
-        return self.settings.retest_seeds * (len(self.storage.front()) + 1)
+        return self.settings.retest_seeds * (len(self.storage.front()) + 1) + self.settings.further_seeds
 
     def _possible(self) -> Trial | None:
         for _ in range(REFUSED_IN_A_ROW):

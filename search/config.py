@@ -113,12 +113,15 @@ class SearchSettings:
         gradient_checkpointing: whether layers keep their input alone, and run again in the backward.
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
+        further_seeds: seeds beyond these, for all designs together; one by one to where a place on the front is open.
         textbook: whether published designs start the search; they run to the end whatever they score on the way.
         rungs: how often a training is compared with the others on its way, at the fractions factor^-rungs, ...,
             factor^-1 of its length; one in `factor` goes on from there. 0: every design is trained to the end.
         factor: see `rungs`.
         rung_rule: which go on: `like-cost`, `crowding`, `epsilon-net` or `quality` (`search.rung_rules`).
         brackets: of Hyperband; bracket b is first compared at its rung b + 1. 1: all are compared at the first.
+        memory_limit: what the weights and the lanes may take together, `"6GB"`; most of what is free where it is not
+            given.
         step_limit: the longest that a training step or an evaluation may take; what hangs is stopped then.
         s3delta: how `sampler = "s3delta"` looks for structures.
     """
@@ -134,11 +137,13 @@ class SearchSettings:
     gradient_checkpointing: bool = False
     seeds: int = _whole(1, least=1)
     retest_seeds: int = _whole(5, least=0)
+    further_seeds: int = _whole(0, least=0)
     textbook: bool = True
     rungs: int = _whole(0, least=0, most=8)
     factor: int = _whole(3, least=2, most=10)
     rung_rule: Literal["like-cost", "crowding", "epsilon-net", "quality"] = "like-cost"
     brackets: int = _whole(1, least=1)
+    memory_limit: str | None = _like('"6GB"')
     step_limit: str = "15m"
     s3delta: S3DeltaSettings = S3DeltaSettings()
 

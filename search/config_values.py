@@ -62,6 +62,7 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
     errors += _rungs(config.search)
     if config.search.sampler == "s3delta" and not {"space", "search.sampler"} & broken:
         errors += _s3delta(config, sites)
+    errors += _size("search.memory_limit", config.search.memory_limit)
     errors += _duration("search.step_limit", config.search.step_limit)
     return errors + _budget(config.budget, bounded="budget" not in tables)
 
@@ -197,13 +198,15 @@ def _budget(budget: BudgetConfig, *, bounded: bool) -> list[str]:
         like = 'a number such as 20000 or a share such as "2%"'
         errors.append(f"budget.trainable: {like} was expected, not {limit!r:.60}")
     for key in ("peak_bytes", "adapter_bytes"):
-        value = getattr(budget, key)
-        try:
-            if value is not None and parse_bytes(value) <= 0:
-                errors.append(f"budget.{key}: {value!r} is no room at all")
-        except ValueError as error:
-            errors.append(f"budget.{key}: {error}")
+        errors += _size(f"budget.{key}", getattr(budget, key))
     return errors
+
+
+def _size(key: str, value: int | str | None) -> list[str]:
+    try:
+        return [f"{key}: {value!r} is no room at all"] if value is not None and parse_bytes(value) <= 0 else []
+    except ValueError as error:
+        return [f"{key}: {error}"]
 
 
 def _duration(key: str, text: str | None) -> list[str]:

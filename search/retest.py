@@ -1,22 +1,25 @@
 """Retests: what could be on the front is trained again with further seeds and scored once on the test data.
 
-Which designs and in which order is decided on validation scores alone, and the front is never formed again.
+Which designs, in which order and with how many seeds is decided on validation scores alone, and the front is never
+formed again.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peftscape.analysis.belief import believe
 from peftscape.analysis.noise import candidates
 from peftscape.search.progress import show
-from peftscape.search.retest_order import retest_order
+from peftscape.search.retest_order import Job, first_retests, next_retest
 from peftscape.spaces.design import Design
 from peftscape.spaces.outcomes import pack
-from peftscape.spaces.record import Failure
+from peftscape.spaces.record import Failure, Record, Score
 
 if TYPE_CHECKING:
     from peftscape.search.budget import Budget
@@ -38,22 +41,89 @@ class _Retest:
     lane: Lane
 
 
+class _Plan:
+    """Who is retested next: three seeds each of what the time allows, then where a place on the front is open.
+
+    Args:
+        fit: how many retests the time allows.
+    """
+
+    def __init__(self, session: Session, storage: Storage, fit: float) -> None:
+        self.settings, self.storage = session.config.search, storage
+        self.complete = [r for r in storage.records if r.state == "complete"]
+        found = candidates(self.complete, storage.objectives) if self.complete else ()
+        self.designs = {r.number: Design.from_json(dict(r.design)) for r in found}
+        self.begun: set[Job] = storage.retested(TRIES)
+        self.jobs = first_retests(list(self.designs), self._seeds(self.settings.retest_seeds), self.begun, fit)
+        self.chosen = [number for number in self.designs if self._taken(number) or number in dict(self.jobs)]
+        self.total = self.missing + self.settings.further_seeds
+        self._doubt: dict[int, float] = {}
+
+    def _seeds(self, count: int) -> list[int]:
+        return [self.settings.seed + FIRST_SEED + i for i in range(count)]
+
+    def _taken(self, number: int) -> int:
+        return sum(of == number for of, _ in self.begun)
+
+    @property
+    def missing(self) -> int:
+        """How many of the seeds that each candidate is to have were not begun."""
+        return sum(max(0, self.settings.retest_seeds - self._taken(number)) for number in self.designs)
+
+    def next(self) -> Job | None:
+        """The next retest; the same until it is begun."""
+        if self.jobs:
+            return self.jobs[0]
+        taken = {number: self._taken(number) for number in self.chosen}
+        own, further = self.settings.retest_seeds, self.settings.further_seeds
+        if not further and all(count >= own for count in taken.values()):
+            return None
+        doubt = self._doubt = self._doubt or _doubt(self.complete, self.storage, self.chosen)
+        number = next_retest(doubt, taken, own, further)
+        if number is None:
+            return None
+        return next((number, s) for s in self._seeds(own + further) if (number, s) not in self.begun)
+
+    def begin(self, job: Job) -> None:
+        """It is in flight, or has failed."""
+        self.begun.add(job)
+        self.jobs = [other for other in self.jobs if other != job]
+
+    def heard(self) -> None:
+        """There are new scores."""
+        self._doubt = {}
+
+
+def _doubt(complete: list[Record], storage: Storage, numbers: list[int]) -> dict[int, float]:
+    """p (1 - p) of each design, p the probability that validation scores, those of retests too, give its place."""
+    more: defaultdict[int, list[Score]] = defaultdict(list)
+    for row in storage.retests():
+        if "failure" not in row:
+            more[row["of"]].append(Score(seed=row["seed"], validation=row["validation"]))
+    seen = [replace(r, scores=(*r.scores, *more[r.number]), retests=()) for r in complete]
+    belief = believe(seen, storage.objectives)
+    chance = {} if belief is None else {number: design.on_front for number, design in belief.by_number.items()}
+    return {number: (p := chance.get(number, 0.5)) * (1 - p) for number in numbers}
+
+
 def retest(session: Session, storage: Storage, budget: Budget, progress: SearchProgress) -> None:
     """Train and score the further seeds of all candidates that the time allows, the most important designs first."""
-    settings = session.config.search
-    jobs = _jobs(session, storage, budget)
+    lanes = session.config.search.lanes
+    plan = _Plan(session, storage, budget.retests_that_fit(session.steps))
     cohort = session.cohort()
     running: list[_Retest] = []
-    total = len(jobs)
+    done = 0
     try:
-        while jobs or running:
-            free = settings.lanes - len(running)
+        while True:
             waiting = [r.lane.steps - r.lane.step for r in running]
-            while jobs and free > 0 and budget.may_train(sum(waiting), len(waiting), session.steps):
-                number, design, seed = jobs[0]
+            while len(running) < lanes and budget.may_train(sum(waiting), len(waiting), session.steps):
+                if (job := plan.next()) is None:
+                    break
+                number, seed = job
+                design = plan.designs[number]
                 if running and (design.solo or running[0].lane.design.solo):
                     break  # it needs the backbone for itself
-                del jobs[0]
+                plan.begin(job)
                 lane = cohort.begin(design, seed=seed, steps=session.steps)
                 if isinstance(lane, Failure):
                     storage.add_retest(None, {"of": number, "seed": seed, "wall_s": 0.0, "failure": vars(lane)})
@@ -61,42 +131,23 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
                 running.append(_Retest(number, lane))
                 waiting.append(session.steps)
                 cohort.admit(lane)
-                free -= 1
             if not running or budget.over():
                 break
             started = time.perf_counter()
             cohort.step()
             budget.measured(time.perf_counter() - started, len(running))
-            done = [r for r in running if r.lane.done]
-            if done:
-                _score(done, session, storage, cohort)
-                cohort.retire(*(r.lane for r in done))
-                cohort.forget(*(r.lane for r in done))
-                running = [r for r in running if r not in done]
-            show(
-                progress,
-                "retest",
-                budget,
-                storage,
-                done=total - len(jobs) - len(running),
-                running=len(running),
-            )
-        left = len(jobs) + len(running)
-        if left:
-            progress.say(f"{left} of {total} retests did not fit in the time")
+            if ended := [r for r in running if r.lane.done]:
+                _score(ended, session, storage, cohort)
+                plan.heard()
+                cohort.retire(*(r.lane for r in ended))
+                cohort.forget(*(r.lane for r in ended))
+                running = [r for r in running if r not in ended]
+                done += len(ended)
+            show(progress, "retest", budget, storage, done=done, running=len(running))
+        if left := plan.missing + len(running):
+            progress.say(f"{left} of {plan.total} retests did not fit in the time")
     finally:
         cohort.close()
-
-
-def _jobs(session: Session, storage: Storage, budget: Budget) -> list[tuple[int, Design, int]]:
-    settings = session.config.search
-    seeds = [settings.seed + FIRST_SEED + i for i in range(settings.retest_seeds)]
-    known = storage.retested(TRIES)
-    complete = [r for r in storage.records if r.state == "complete"]
-    found = candidates(complete, storage.objectives) if complete else ()
-    designs = {r.number: Design.from_json(dict(r.design)) for r in found}
-    order = retest_order(list(designs), seeds, known, budget.retests_that_fit(session.steps))
-    return [(number, designs[number], seed) for number, seed in order]
 
 
 def _score(done: list[_Retest], session: Session, storage: Storage, cohort: Guarded) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 # An interval of two seeds is hardly one: of three it says something.
 FIRST_SEEDS = 3
@@ -10,27 +10,37 @@ FIRST_SEEDS = 3
 Job = tuple[int, int]
 
 
-def retest_order(numbers: Sequence[int], seeds: Sequence[int], known: Collection[Job], fit: float) -> list[Job]:
-    """(trial, seed) of all retests to do, the first ones first; the time may end anywhere in the list.
+def first_retests(numbers: Sequence[int], seeds: Sequence[int], known: Collection[Job], fit: float) -> list[Job]:
+    """(trial, seed) of the first three seeds of as many designs as the time allows, the most important first.
 
-    As many of the designs as the time allows get three seeds, the most important first; what is left goes to
-    further seeds of these, a seed for each in turn. Designs for which there is no time are left out: one or two
-    seeds would make no interval.
+    Designs for which there is no time are left out: one or two seeds would make no interval.
 
     Args:
         numbers: trials, the most important first.
+        seeds: of each trial, in their order.
         known: what is done already.
         fit: how many retests the time allows.
     """
-    first, more = seeds[:FIRST_SEEDS], seeds[FIRST_SEEDS:]
-    heads = {number: [(number, s) for s in first if (number, s) not in known] for number in numbers}
-    chosen: list[int] = []
-    needed = 0
+    jobs: list[Job] = []
     for number in numbers:
-        needed += len(heads[number])
-        if chosen and needed > fit:
+        more = [(number, seed) for seed in seeds[:FIRST_SEEDS] if (number, seed) not in known]
+        if jobs and len(jobs) + len(more) > fit:
             break
-        chosen.append(number)
-    jobs = [job for number in chosen for job in heads[number]]
-    jobs += [(number, s) for s in more for number in chosen]
-    return [job for job in jobs if job not in known]
+        jobs += more
+    return jobs
+
+
+def next_retest(doubt: Mapping[int, float], taken: Mapping[int, int], own: int, further: int) -> int | None:
+    """The trial that gets the next seed: where it says most about a place on the front.
+
+    With p the probability of the place and k seeds so far, argmax of p (1 - p) / (k (k + 1)): how open the place is,
+    times how much one more seed narrows the mean's variance, s^2 / k - s^2 / (k + 1). Every trial may have its `own`
+    number of seeds, whatever p; beyond them there are `further` ones for all together, which go to open places alone.
+
+    Args:
+        doubt: p (1 - p) of each trial, the most important first.
+        taken: how many seeds each has, or has in flight.
+    """
+    spent = sum(max(0, taken[number] - own) for number in doubt)
+    able = [n for n, open_ in doubt.items() if taken[n] < own or (spent < further and open_ > 0)]
+    return max(able, key=lambda n: (doubt[n] / max(1, taken[n] * (taken[n] + 1)), -taken[n]), default=None)

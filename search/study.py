@@ -266,8 +266,11 @@ def _memory(session: Session) -> Memory:
     from peftscape.spaces.cost import model_bytes
 
     weights = model_bytes(session.backbone.sites, session.backbone.precision, session.backbone.computation)
-    free = free_bytes(session.backbone.device)
-    limit = None if free is None else weights + round(SHARE * free)
+    if (given := session.config.search.memory_limit) is not None:
+        limit: int | None = parse_bytes(given)
+    else:
+        free = free_bytes(session.backbone.device)
+        limit = None if free is None else weights + round(SHARE * free)
     return Memory(limit=limit, weights=weights, alone=lambda design: design_costs(session, design).peak_bytes)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from searches import STEPS, Child, tiny
+from transformers import AutoModel
 
 from peftscape.search.cohort import Cohort
 from peftscape.search.guarded import is_out_of_memory
+from peftscape.search.session import design_costs, open_session
 from peftscape.search.study import run_search
 
 ERRORS = [
@@ -88,6 +90,31 @@ def test_lanes_that_run_in_halves_give_what_they_give_together(
         losses, same = ([loss for _, loss in record.curve] for record in (one, other))
         assert losses == pytest.approx(same, rel=1e-4)
         assert one.curve[-1][0] == STEPS * 8
+
+
+def test_lanes_stay_within_the_memory_that_the_user_gives(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = tiny(base, budget={"trials": 4}, search={"retest_seeds": 0})
+    peaks = [r.costs.peak_bytes for r in run_search(of, tmp_path / "free", quiet=True).records if r.costs]
+    weights = sum(p.numel() * p.element_size() for p in AutoModel.from_pretrained(base).parameters())
+    limit = weights + 2 * (max(peaks) - weights)
+    together: list[int] = []
+    step = Cohort._step
+
+    def seen(self: Cohort) -> list[float]:
+        together.append(sum(design_costs(session, lane.design).peak_bytes - weights for lane in self.lanes))
+        return step(self)
+
+    monkeypatch.setattr(Cohort, "_step", seen)
+    of = tiny(base, budget={"trials": 4}, search={"retest_seeds": 0, "memory_limit": str(limit)})
+    session = open_session(of)
+    study = run_search(of, tmp_path / "given", quiet=True)
+    assert [r.state for r in study.records] == ["complete"] * 4
+    assert max(together) <= limit - weights
+    assert len(together) > STEPS, "not all four at once"
+    # How steps are run is no part of what the search is.
+    assert run_search(tiny(base, budget={"trials": 4}, search={"retest_seeds": 0}), tmp_path / "given", quiet=True)
 
 
 def test_a_host_without_memory(base: Path, tmp_path: Path) -> None:

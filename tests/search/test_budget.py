@@ -21,7 +21,7 @@ from peftscape.search.budget import (
     parse_bytes,
     parse_duration,
 )
-from peftscape.search.retest_order import retest_order
+from peftscape.search.retest_order import first_retests, next_retest
 from peftscape.spaces.record import Costs
 
 
@@ -272,21 +272,33 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 # -- which retests first
 
 
-def test_three_seeds_of_the_first_designs_come_before_more_of_any() -> None:
-    order = retest_order([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=math.inf)
-    assert order[:9] == [(n, s) for n in (7, 4, 9) for s in (0, 1, 2)]
-    assert order[9:] == [(7, 3), (4, 3), (9, 3), (7, 4), (4, 4), (9, 4)]
-
-
-def test_the_time_left_goes_to_more_seeds_of_those_that_have_three() -> None:
-    order = retest_order([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=8)
-    assert order[:8] == [(7, 0), (7, 1), (7, 2), (4, 0), (4, 1), (4, 2), (7, 3), (4, 3)]
+def test_three_seeds_of_the_first_designs_that_fit() -> None:
+    order = first_retests([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=math.inf)
+    assert order == [(n, s) for n in (7, 4, 9) for s in (0, 1, 2)]
+    order = first_retests([7, 4, 9], [0, 1, 2, 3, 4], set(), fit=8)
     assert {number for number, _ in order} == {7, 4}, "one or two seeds of a third would make no interval"
+    assert [number for number, _ in first_retests([7, 4], [0, 1, 2], set(), fit=1)] == [7, 7, 7]
 
 
 def test_what_is_retested_is_not_retested_again() -> None:
     known = {(7, 0), (7, 1), (7, 2), (4, 0)}
-    order = retest_order([7, 4, 9], [0, 1, 2, 3], known, fit=5)
-    assert order[:5] == [(4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
-    assert not known & set(order)
-    assert retest_order([], [0, 1], set(), fit=3) == []
+    assert first_retests([7, 4, 9], [0, 1, 2, 3], known, fit=5) == [(4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
+    assert first_retests([], [0, 1], set(), fit=3) == []
+
+
+def test_the_next_seed_goes_where_it_narrows_an_open_place_most() -> None:
+    doubt = {7: 0.0, 4: 0.25, 9: 0.2}
+    taken = {7: 3, 4: 3, 9: 3}
+    given = []
+    while (number := next_retest(doubt, taken, own=5, further=4)) is not None:
+        beyond = sum(max(0, count - 5) for count in taken.values())
+        able = [n for n in doubt if taken[n] < 5 or (beyond < 4 and doubt[n] > 0)]
+        falls = {n: doubt[n] * (1 / taken[n] - 1 / (taken[n] + 1)) for n in able}  # of the mean's variance, in s^2
+        assert falls[number] == pytest.approx(max(falls.values()))
+        taken[number] += 1
+        given.append(number)
+    assert given[:2] == [4, 9]
+    assert taken[7] == 5, "every trial gets its own number, however certain it is"
+    assert sum(taken.values()) == 3 * 5 + 4, "and the further ones go to open places"
+    assert next_retest({7: 0.0}, {7: 5}, own=5, further=4) is None, "none where nothing is open"
+    assert next_retest({}, {}, own=5, further=4) is None

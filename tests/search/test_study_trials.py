@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from searches import make_base, tiny
 
+from peftscape.analysis.belief import believe
+from peftscape.analysis.front import front
 from peftscape.search import account as account_module
 from peftscape.search import budget as budget_module
 from peftscape.search import loop as loop_module
@@ -180,6 +183,24 @@ def test_several_seeds_a_trial_are_several_lanes(base: Path, tmp_path: Path) -> 
     for record in study.records:
         assert [s.seed for s in record.scores] == [0, 1, 2]
         assert record.validation == pytest.approx(np.mean([s.validation for s in record.scores]))
+
+
+def test_further_seeds_go_to_open_places_on_the_front(base: Path, tmp_path: Path) -> None:
+    of = config(base, search={"retest_seeds": 3, "further_seeds": 4, "lanes": 2}, budget={"trials": 6})
+    study = run_search(of, tmp_path, quiet=True)
+    again = {r.number: [s.seed - 1000 for s in r.retests] for r in study.records if r.retests}
+    assert {r.number for r in front(study.records, study.objectives)} <= again.keys()
+    assert all(sorted(seeds) == list(range(len(seeds))) and len(seeds) >= 3 for seeds in again.values())
+    assert sum(len(seeds) - 3 for seeds in again.values()) == 4
+    # The first of them goes where the place is most open after three seeds each, by validation alone.
+    complete = [r for r in study.records if r.state == "complete"]
+    first = {r.number: [s for s in r.retests if s.seed < 1003] for r in complete}
+    belief = believe([replace(r, scores=(*r.scores, *first[r.number]), retests=()) for r in complete], study.objectives)
+    assert belief is not None
+    chance = {number: belief.by_number[number].on_front for number in again}
+    most = max(chance, key=lambda number: chance[number] * (1 - chance[number]))
+    assert 0 < chance[most] < 1
+    assert len(again[most]) > 3
 
 
 def test_regression_with_a_mean_head_and_a_cost_of_bytes(base: Path, tmp_path: Path) -> None:
