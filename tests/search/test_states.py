@@ -68,6 +68,29 @@ def test_lanes_train_as_if_nothing_were_kept(family: str, limits: dict[str, int]
     assert (cache.hits > 0) == (limits.get("disk_limit") != 0)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_lanes_that_come_and_go_train_as_if_alone_and_nothing_were_kept(family: str) -> None:
+    base, on_top = backbone(family, "float64"), head(family, "float64")
+    cache = StateCache(base)
+    shared = Cohort(base, on_top, split(), batch_size=BATCH, cache=cache)
+    lanes = [lane(design, seed, family) for seed, design in enumerate(designs(family))]
+    for joining in [*lanes, *[None] * STEPS]:  # each a step after the one before it
+        shared.admit(*([joining] if joining else []))
+        shared.step()
+        shared.retire(*(own for own in shared.lanes if own.done))
+    shared.close()
+    assert cache.hits > 0
+    for seed, own in enumerate(lanes):
+        assert own.step == STEPS
+        alone = Cohort(base, on_top, split(), batch_size=BATCH)
+        wanted = lane(own.design, seed, family)
+        alone.admit(wanted)
+        while not wanted.done:
+            alone.step()
+        alone.close()
+        np.testing.assert_allclose(own.losses, wanted.losses, rtol=1e-9, err_msg=own.design.label)
+
+
 def test_what_is_kept_is_not_computed_again() -> None:
     """Each example is one miss at each of the two layers that lanes begin with, and no more."""
     cache = StateCache(backbone("bert", "float64"))

@@ -198,6 +198,8 @@ def test_an_interrupted_search_becomes_the_unbroken_one(
         if record.number in halfway:
             assert halfway[record.number].scores == record.scores, "what was done is not done again"
     for one, other in zip(found, unbroken, strict=True):
+        assert [seen for seen, _ in one.curve] == [seen for seen, _ in other.curve]
+        assert [loss for _, loss in one.curve] == pytest.approx([loss for _, loss in other.curve], abs=1e-5)
         if one.scores:  # beside other neighbours sums come in another order: one of 40 answers may move
             assert one.validation == pytest.approx(other.validation, abs=1 / 40 + 1e-9)
     assert (out / "report.html").exists()
