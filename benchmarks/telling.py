@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import optuna
 
 from peftscape.analysis.front import hypervolume
-from peftscape.search.rungs import Entry, Rungs, Verdict, after, expected_final
+from peftscape.search.rungs import Entry, Rungs, Verdict, after
 
 METHODS = {
     "lora": (0.93, 0.12, -2.6),
@@ -116,6 +117,20 @@ def search(name: str, telling: str, work: float, seed: int) -> tuple[float, int,
     done = [k for k, e in entries.items() if len(e.scores) > rungs.count]
     rows = [(quality(trials[k][1], 1.0), math.log10(entries[k].costs[0])) for k in done]
     return hypervolume(rows, ("maximize", "minimize"), (0.6, 6.1)), len(entries), len(done)
+
+
+def expected_final(entry: Entry, entries: Iterable[Entry], *, count: int) -> float:
+    """What a trial that stopped at a rung might have scored in the end: its score and the others' mean gain from there.
+
+    The gain is the mean over trials that were scored at this rung and at the end (the rung after the last of `count`).
+    They are those that were sent on, so chance helped their scores at the rung and the gain is rather too small.
+    Without any, the score itself. NaN without a score.
+    """
+    if not entry.scores:
+        return math.nan
+    rung = len(entry.scores) - 1
+    gains = [e.scores[-1] - e.scores[rung] for e in entries if len(e.scores) > count and math.isfinite(e.scores[-1])]
+    return entry.scores[rung] + (math.fsum(gains) / len(gains) if gains else 0.0)
 
 
 def main() -> None:

@@ -105,6 +105,11 @@ class Budget:
         self.account.evaluation_s += seconds
         self.account.device_s += seconds
 
+    def scored(self, seconds: float, lanes: int) -> None:
+        """Learn from scoring retests on the validation and the test data."""
+        self.lane_evaluation_s = seconds / lanes / self.retest_evaluations
+        self.account.device_s += seconds
+
     def reported(self, seconds: float) -> None:
         """Learn from a report that was written."""
         self.report_s = REPORT_GROWS * seconds + CLOSE_S

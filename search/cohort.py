@@ -227,11 +227,12 @@ class Cohort:
 def _alike(lanes: Sequence[Lane]) -> list[list[Lane]]:
     """Lanes that run in one pass: each is padded to the longest, so prompts of like length go together.
 
-    Lanes whose loss needs a second pass go apart from those that have one.
+    Lanes whose loss needs a second pass go apart from those that have one, and a solo lane goes by itself.
     """
-    parts: dict[tuple[int, bool], list[Lane]] = {}
+    parts: dict[tuple[int, bool, int], list[Lane]] = {}
     for lane in lanes:
-        parts.setdefault((lane.design.prompt_length().bit_length(), lane.consistency > 0), []).append(lane)
+        alone = id(lane) if lane.design.solo else 0
+        parts.setdefault((lane.design.prompt_length().bit_length(), lane.consistency > 0, alone), []).append(lane)
     return list(parts.values())
 
 

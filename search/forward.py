@@ -334,10 +334,13 @@ class Forward:
     def is_shared(self, x: Tensor) -> bool:
         """Whether a call belongs to no lane: DeBERTa-v2 sends its table of positions through q and k too."""
         batch = self.backbone.attending.batch
+        if batch is None:
+            return False
         shape = x.shape[:-2] if x.ndim == 4 else x.shape[:-1]  # a norm of single heads reads tokens x heads x width
-        read = None if self._read is None else len(self._read)
-        source = None if batch is None or batch.source is None else batch.source.ids.numel()
-        return batch is not None and shape.numel() not in (batch.ids.numel(), source, read)
+        known = [batch.ids.shape] + ([batch.source.ids.shape] if batch.source is not None else [])
+        if self._read is not None:
+            known.append(torch.Size([len(batch.ids), len(self._read) // len(batch.ids)]))
+        return shape not in known
 
     def read_as(self, x: Tensor, sources: Iterable[str]) -> None:
         """Let `x` stand for what these modules have read, where one module runs by itself."""

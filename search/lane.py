@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -248,11 +249,10 @@ def adopt(
 def own_model(backbone: Backbone) -> nn.Module:
     """A model around the shared weights, whose modules can be replaced."""
     shared = {id(p): p for p in (*backbone.model.parameters(), *backbone.model.buffers())}
-    model = copy.deepcopy(backbone.model, shared | {id(backbone.attending): backbone.attending})
-    for module in model.modules():  # those of lanes that train just now were copied too
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return model
+    known: dict[int, Any] = {**shared, id(backbone.attending): backbone.attending}
+    for module in backbone.model.modules():  # hooks of lanes that train just now: with them all lanes would be copied
+        known |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    return copy.deepcopy(backbone.model, known)
 
 
 def declared_tensors(design: Design, backbone: Backbone) -> Iterator[tuple[str, Placement, Declared]]:

@@ -69,14 +69,15 @@ class Loop:
         self.asking.begin()
         try:
             while True:
-                self._fill()
-                if not self.running:
-                    if self._others_are_done():
-                        break
-                    continue
                 try:
-                    self._step()
-                except HangError:  # the end of the time cut a step short
+                    self._fill()
+                    if self.running:
+                        self._step()
+                    elif self._others_are_done():
+                        break
+                    else:
+                        continue
+                except HangError:  # the end of the time cut it short
                     self._let_go(*self.running, why="the time was over")
                 if self.budget.over() and self.running:
                     self._let_go(*self.running, why="the time was over")
@@ -226,7 +227,7 @@ class Loop:
 
     def _let_go(self, *trials: Trial, why: str) -> None:
         """Trials that cannot end in time wait for a session that has some, saved as far as they are."""
-        self.cohort.save(*(lane for trial in trials for lane in trial.lanes))
+        self.cohort.put_by(*(lane for trial in trials for lane in trial.lanes))
         for trial in trials:
             self.running.remove(trial)
             self.storage.leave(trial.number)
@@ -254,6 +255,7 @@ class Loop:
         record = trial.record(self.session, failure)
         # The adapter first: a record whose adapter could not be written would be one without it for ever.
         with self.storage.lock():
+            self.storage.refresh()  # what others told meanwhile has a place on the front too
             if record.state == "complete" and record in self.storage.front(record):
                 self._keep_adapter(trial)
             told = self.storage.tell(trial.trial, record, self.workers.name)

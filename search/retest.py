@@ -137,7 +137,9 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
             cohort.step()
             budget.measured(time.perf_counter() - started, len(running))
             if ended := [r for r in running if r.lane.done]:
+                started = time.perf_counter()
                 _score(ended, session, storage, cohort)
+                budget.scored(time.perf_counter() - started, len(ended))
                 plan.heard()
                 cohort.retire(*(r.lane for r in ended))
                 cohort.forget(*(r.lane for r in ended))

@@ -261,17 +261,3 @@ def after(entry: Entry, verdict: Verdict) -> Entry:
     if verdict is Verdict.GO_ON:
         return replace(entry, promoted=len(entry.scores))
     return replace(entry, ended=True) if verdict is Verdict.STOP else entry
-
-
-def expected_final(entry: Entry, entries: Iterable[Entry], *, count: int) -> float:
-    """What a trial that stopped at a rung might have scored in the end: its score and the others' mean gain from there.
-
-    The gain is the mean over trials that were scored at this rung and at the end (the rung after the last of `count`).
-    They are those that were sent on, so chance helped their scores at the rung and the gain is rather too small.
-    Without any, the score itself. NaN without a score.
-    """
-    if not entry.scores:
-        return math.nan
-    rung = len(entry.scores) - 1
-    gains = [e.scores[-1] - e.scores[rung] for e in entries if len(e.scores) > count and math.isfinite(e.scores[-1])]
-    return entry.scores[rung] + (math.fsum(gains) / len(gains) if gains else 0.0)

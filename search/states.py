@@ -63,6 +63,8 @@ class StateCache:
     def start(self, lane: Lane) -> int:
         """The lowest layer that a lane has to run: below it nothing of it adapts or moves."""
         sites = self.backbone.sites
+        if lane.model is not None:  # its layers are no backbone's: they can neither be left out nor watched here
+            return 0
         moved = lane.design.prompt_length() or lane.design.position_shift() or not sites.attention_interface
         return 0 if moved or len(self.blocks) != sites.layers else max(0, lane.design.lowest_layer(sites))
 

@@ -24,7 +24,7 @@ from peftscape.search.disk import writing
 from peftscape.search.rung_study import PROMOTED, SCORES, StudyRungs, waits
 from peftscape.search.s3delta_space import STRUCTURES, params_of
 from peftscape.search.stored_config import config_changes, plain
-from peftscape.spaces.record import Record, RecordError
+from peftscape.spaces.record import NewerRecordError, Record, RecordError
 from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
 
@@ -71,7 +71,7 @@ class Storage:
         try:
             self._open(url, say)
         except RecordError as error:
-            if url is not None:
+            if url is not None or isinstance(error, NewerRecordError):
                 raise InputError(config.name, [str(error)]) from None
             self._records.clear()
             self.close()

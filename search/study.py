@@ -189,14 +189,15 @@ class _Run:
 
     def _is_last(self) -> bool:
         """Whether this worker is the one that retests: the first to ask among those that live."""
-        with self.storage.lock():
-            others = self.workers.all()
-            holder = self.storage.attr("retests")
-            if holder is not None and not self.workers.dead(holder, others):
+        while True:
+            with self.storage.lock():
+                holder = self.storage.attr("retests")
+                if holder is None or self.workers.dead(holder, self.workers.all()):
+                    self.storage.set_attr("retests", self.workers.name)
+                    return True
+            if self.workers.lives(holder):
                 self.progress.say("another worker retests and writes the report")
                 return False
-            self.storage.set_attr("retests", self.workers.name)
-            return True
 
     def _retest(self, session: Session) -> None:
         from peftscape.search.retest import retest
@@ -210,7 +211,7 @@ class _Run:
         except HangError:
             self.progress.say("the time was over within a step of a retest")
         finally:
-            # Steps are measured one by one, evaluations within retests are not.
+            # Steps and scores are measured one by one; what lies between them is not.
             self.account.device_s = max(self.account.device_s, before + 0.95 * self.account.retest_s)
             failed = [row for row in self.storage.retests()[known:] if "failure" in row]
             self.account.lose(sum(row["wall_s"] for row in failed), "retest_s")

@@ -57,8 +57,13 @@ class Trial:
 
     @property
     def done(self) -> bool:
-        """Whether all seeds have ended, and those that ended well are scored."""
-        return all(lane.failure or (lane.done and lane.seed in self.scores) for lane in self.lanes)
+        """Whether it has failed, or all seeds have ended and are scored."""
+        return self.failed or all(lane.done and lane.seed in self.scores for lane in self.lanes)
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of its seeds has: then the others say nothing either."""
+        return any(lane.failure for lane in self.lanes)
 
     @property
     def until(self) -> int:
@@ -68,7 +73,7 @@ class Trial:
     @property
     def open(self) -> list[Lane]:
         """The lanes that train until then."""
-        return [lane for lane in self.lanes if not lane.done and lane.step < self.until]
+        return [lane for lane in self.lanes if not self.failed and not lane.done and lane.step < self.until]
 
     @property
     def owed(self) -> int:
@@ -79,13 +84,13 @@ class Trial:
     @property
     def unscored(self) -> list[Lane]:
         """The lanes that have come to the next stop and were not scored there yet."""
-        here = [lane for lane in self.lanes if lane.failure is None and lane.step >= self.until]
+        here = [lane for lane in self.lanes if not self.failed and lane.step >= self.until]
         return [lane for lane in here if lane.seed not in self.scores]
 
     @property
     def at_rung(self) -> bool:
         """Whether all its lanes have come to a rung that is not the end."""
-        return not self.open and self.until < self.stops[-1] and not any(lane.failure for lane in self.lanes)
+        return not self.open and self.until < self.stops[-1] and not self.failed
 
     def pass_rung(self) -> None:
         """Its seeds were scored at a rung: the next stop is the one after it."""

@@ -96,15 +96,26 @@ class Workers:
         said = known.get(name or "")
         if said is None or said["ended"]:
             return True
-        if self._folder is not None:
-            held = is_held(self._folder / f"{name}.lock")
-            if held is not None:
-                return not held
+        if (held := self._holds(name)) is not None:
+            return not held
         beat, since = self._seen.get(name or "", (None, 0.0))
         if beat != said["beat"]:
             self._seen[name or ""] = (said["beat"], time.monotonic())
             return False
         return time.monotonic() - since > self.lease_s
+
+    def lives(self, name: str) -> bool:
+        """Whether another worker lives; where only its counter tells, that is watched until it moves or is dead."""
+        first = self.all().get(name, {}).get("beat")
+        while not self.dead(name, known := self.all()):
+            if self._holds(name) or known[name]["beat"] != first:
+                return True
+            time.sleep(self.lease_s / BEATS / 4)
+        return False
+
+    def _holds(self, name: str | None) -> bool | None:
+        """Whether a worker holds its file; None where there is none."""
+        return None if self._folder is None else is_held(self._folder / f"{name}.lock")
 
     def bury(self, name: str, said: Mapping[str, Any]) -> None:
         """Close the account of a dead worker: what it had not saved is lost, and nothing more is to come."""

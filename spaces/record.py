@@ -24,6 +24,10 @@ class RecordError(ValueError):
     """A record that is not valid; the message lists everything that is wrong with it."""
 
 
+class NewerRecordError(RecordError):
+    """A record that a newer version wrote: nothing is wrong with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """What one seed of a design scored.
@@ -168,7 +172,7 @@ class Record:
         schema = data.get("schema", SCHEMA)
         who = f"record {data.get('number', '?')}"
         if isinstance(schema, int) and schema > SCHEMA:
-            raise RecordError(
+            raise NewerRecordError(
                 f"{who}: schema {schema} is newer than this peftscape reads ({SCHEMA}): upgrade peftscape"
             )
         errors: list[str] = []

@@ -11,6 +11,7 @@ from searches import BATCH, STEPS, Child, complete, tiny, trials, until
 
 from peftscape.analysis.sources import load
 from peftscape.search.cohort import Cohort
+from peftscape.search.retest import FIRST_SEED
 from peftscape.search.study import run_search
 
 LANE = STEPS * BATCH
@@ -66,6 +67,22 @@ def test_device_seconds_stay_within_their_budget(base: Path, tmp_path: Path, mon
     study = run_search(tiny(base, budget={"device_time": "10s"}), tmp_path, quiet=True)
     assert 4 < study.spent["device_s"] <= 10
     assert any(r.retests for r in study.records)
+
+
+def test_scoring_retests_is_computing_too(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, spent = Cohort.predict, list[int]()
+
+    def slow(self: Cohort, split: Any, *lanes: Any) -> Any:
+        if any(lane.seed >= FIRST_SEED for lane in lanes):
+            time.sleep(0.5)
+            spent.append(len(lanes))
+        return predict(self, split, *lanes)
+
+    monkeypatch.setattr(Cohort, "predict", slow)
+    of = tiny(base, budget={"trials": 4, "device_time": "6s"}, search={"lanes": 1, "retest_seeds": 20})
+    study = run_search(of, tmp_path, quiet=True)
+    assert sum(spent) >= 4, "some are scored"
+    assert 0.5 * len(spent) <= study.spent["device_s"] <= 6, "and no more than there is time for"
 
 
 @pytest.mark.parametrize("limit", ["peak_bytes", "adapter_bytes", "trainable"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from searches import complete, tiny
 
@@ -22,6 +23,8 @@ from peftscape.search.session import Session, open_session
 from peftscape.search.storage import Storage
 from peftscape.search.study import run_search
 from peftscape.spaces.design import Design
+from peftscape.spaces.record import SCHEMA
+from peftscape.spaces.seal import SEAL, seal
 from peftscape.spaces.words import InputError
 
 FLIPS = 24
@@ -189,6 +192,24 @@ def test_a_record_that_was_changed_behind_its_seal_is_found(
     assert "seal" in said[0]
     assert [r.to_json() for r in storage.records] == list(complete(finished).values()), "those of the copy"
     storage.close()
+
+
+def test_the_record_of_a_newer_version_is_no_damage(base: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    trial = optuna.load_study(study_name="tiny", storage=f"sqlite:///{out / 'study.db'}").trials[0]
+    with closing(sqlite3.connect(out / "study.db")) as database:
+        record = trial.user_attrs["record"] | {"schema": SCHEMA + 1, "colour": "red"}
+        for key, value in {"record": record, SEAL: seal(record, trial.values, trial.params)}.items():
+            database.execute(
+                "UPDATE trial_user_attributes SET value_json = ? WHERE key = ? AND trial_id = ?",
+                (json.dumps(value), key, trial._trial_id),
+            )
+        database.commit()
+    before = (out / "study.db").read_bytes()
+    with pytest.raises(InputError, match="is newer than this peftscape reads"):
+        Storage(out, tiny(base))
+    assert (out / "study.db").read_bytes() == before
+    assert not (out / "study.db.damaged").exists()
 
 
 def test_an_interrupted_write_is_undone_and_no_damage(base: Path, finished: Path, tmp_path: Path) -> None:

@@ -206,6 +206,18 @@ def test_a_step_that_python_cannot_stop_ends_with_the_process(tmp_path: Path) ->
     assert "did not end within 1 s" in child.said()
 
 
+def test_preparing_that_takes_longer_than_the_time_ends_with_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftscape.search.guarded.prepare", lambda lane, cohort: time.sleep(60 if lane.name else 0))
+    started = time.monotonic()
+    study = run_search(tiny(base, budget={"time": "8s"}), tmp_path, quiet=True)
+    assert time.monotonic() - started < 12
+    assert not [r for r in study.records if r.state == "complete"]
+    assert {trial["state"] for trial in trials(tmp_path).values()} == {"WAITING"}
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_a_step_that_hangs_ends_with_the_budgets_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

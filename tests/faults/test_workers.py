@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from searches import BATCH, STEPS, Child, tiny
 
+from peftscape.search.account import Account
+from peftscape.search.cohort import Cohort
 from peftscape.search.config import SearchConfig
 from peftscape.search.storage import Storage
 from peftscape.search.study import _Run, run_search
-from peftscape.search.workers import LEASE_S
+from peftscape.search.workers import LEASE_S, PREFIX, Workers
+from peftscape.spaces.record import Costs, Record, Score
+from peftscape.spaces.space_file import read_space
 
 
 def race(of: SearchConfig, folders: list[Path], url: str | None = None, timeout_s: float = 300) -> tuple[str, float]:
@@ -48,6 +55,57 @@ def test_two_processes_make_exactly_the_trials_that_were_wanted(base: Path, tmp_
     shares = check(storage, 15, said, 2)
     assert len(shares) == 2, "both took part"
     storage.close()
+
+
+def test_what_another_worker_put_on_the_front_keeps_its_adapter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by the other while this one trains, which has not asked since."""
+    of, told = tiny(base, budget={"trials": 4}, search={"retest_seeds": 0}), list[int]()
+    step = Cohort.step
+
+    def meanwhile(self: Cohort) -> list[float]:
+        if not told and self.lanes[0].step == STEPS - 2:
+            other = Storage(tmp_path, of)
+            other.refresh()
+            space = read_space(of.space, self.backbone.sites)
+            trial, design = other.ask(space, "other")
+            told.append(trial.number)
+            metric = {"metric": "accuracy", "direction": "maximize", "n_validation": 20, "label": design.label}
+            price = Costs(adapter=1, head=0, trainable=1, train_flops=1, infer_flops=1, peak_bytes=1, adapter_bytes=1)
+            score = Score(seed=0, validation=1.0)
+            record = Record(
+                number=trial.number, state="complete", design=design.json(), digest=design.digest, scores=(score,),
+                costs=price, **metric,
+            )  # fmt: skip
+            (other.adapter_folder(trial.number)).mkdir(parents=True)
+            assert other.tell(trial, record, "other")
+            other.close()
+        return step(self)
+
+    monkeypatch.setattr(Cohort, "step", meanwhile)
+    run_search(of, tmp_path, quiet=True)
+    [number] = told
+    assert (tmp_path / "adapters" / str(number)).is_dir()
+
+
+def counted(beats: Iterator[int]) -> Workers:
+    """A worker that sees one other by its counter alone."""
+    said = {f"{PREFIX}other": {"beat": 1, "ended": False}}
+
+    def attrs() -> dict[str, Any]:
+        said[f"{PREFIX}other"]["beat"] = next(beats)
+        return said
+
+    return Workers(attrs, said.__setitem__, nullcontext, None, Account(), lease_s=0.4)  # type: ignore[arg-type]
+
+
+def test_a_holder_is_watched_until_it_is_known_whether_it_lives() -> None:
+    """Where there is only a counter, as on PostgreSQL: a command given anew soon after a crash has to take over."""
+    assert counted(itertools.count()).lives("other")
+    started = time.monotonic()
+    assert not counted(itertools.repeat(7)).lives("other")
+    assert 0.4 <= time.monotonic() - started < 2
 
 
 def test_the_end_of_a_session_does_not_wait_for_a_lease_that_is_being_renewed(

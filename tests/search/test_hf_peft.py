@@ -13,13 +13,15 @@ import optuna
 import pytest
 import searches
 import torch
-from contract import HEAD_ONLY, OUTPUTS, SITES, backbone, cohort, head, lane, logits, move, split
+from contract import HEAD_ONLY, OUTPUTS, SITES, backbone, cohort, head, lane, logits, move, split, trained_alone
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from peftscape.search.cohort import Cohort
 from peftscape.search.export import Card, load, save
 from peftscape.search.guarded import Guarded
 from peftscape.search.lane import new_lane
+from peftscape.search.states import StateCache
 from peftscape.search.study import run_search
 from peftscape.spaces.design import Design
 from peftscape.spaces.hf_peft import tuner as tuner_of
@@ -104,6 +106,38 @@ def test_it_is_counted_before_it_is_built_and_trains_alone(tuner: str) -> None:
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before), "the backbone stays as it was"
+
+
+def test_a_tuner_of_upper_layers_trains_beside_kept_states_as_without() -> None:
+    """Its layers are copies of the backbone's."""
+    base = backbone("bert", "float64")
+    losses = []
+    for cache in (None, StateCache(base)):
+        shared = Cohort(base, head("bert", "float64"), split(), batch_size=3, cache=cache)
+        own = lane(design("MISS", layers=[1]), 3, "bert")
+        shared.admit(own)
+        for _ in range(4):
+            shared.step()
+        shared.close()
+        losses.append(own.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_its_model_is_made_beside_lanes_that_train_and_takes_nothing_of_theirs() -> None:
+    shared = cohort("bert")
+    neighbour = lane(Design.from_json({"placements": [{"method": "dora"}, {"method": "vera"}]}), 3, "bert")
+    shared.admit(neighbour)
+    shared.step()
+    own = lane(design("MISS"), 3, "bert")
+    shared.close()
+    assert own.model is not None
+    assert not [h for m in own.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    alone = trained_alone(own.design, 3, "bert")
+    shared = cohort("bert")
+    shared.admit(own)
+    shared.step()
+    shared.close()
+    assert own.losses == pytest.approx(alone.losses[:1], rel=1e-9)
 
 
 @pytest.mark.parametrize("tuner", TUNERS)

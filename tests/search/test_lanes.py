@@ -303,6 +303,21 @@ def test_predictions_are_each_lanes_own_in_the_order_of_the_split(family: str) -
         np.testing.assert_allclose(everyone[order.index(own)], rows, rtol=1e-5, atol=1e-5)
 
 
+def test_lanes_with_weights_of_their_own_are_scored_with_these() -> None:
+    lanes = [lane(design({"method": "full_finetuning"}), seed, "bert") for seed in range(2)]
+    move(lanes)
+    shared = cohort("bert")
+    each = []
+    for own in lanes:
+        shared.admit(own)
+        each.append(shared.predict(split(), own)[0])
+        shared.retire(own)
+    together = shared.predict(split(), *lanes)
+    shared.close()
+    np.testing.assert_allclose(together, each, rtol=1e-9)
+    assert not np.allclose(*each)
+
+
 def test_regression_trains_on_the_squared_error() -> None:
     base = backbone("bert")
     one = Head(base, kind="mean", outputs=1)

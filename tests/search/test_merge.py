@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
-from contract import ALL, CONFIGS, SITES, examples, kind_of, logits, on
+from contract import ALL, CONFIGS, SITES, cohort, examples, kind_of, lane, logits, move, on
 from merged import anywhere, apart, by_transformers, homeless_shifts, with_head
 from plain import TOLERANCE, design
 from transformers import DebertaV2Config
 
+from peftscape.search.encoding import EncodedSplit
+from peftscape.search.lane import Lane
 from peftscape.spaces.sites import site_map
 from peftscape.spaces.words import InputError
 
@@ -41,6 +44,27 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64, "pad_token_id": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
     "position_buckets": 8, "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+
+
+def test_a_table_of_positions_is_no_lanes_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeBERTa's 16 relative positions go through q and k too: as many as four lanes with a text of four tokens have."""
+    family = "deberta-v2 table"
+    monkeypatch.setitem(CONFIGS, family, DebertaV2Config(**_SHAPE, share_att_key=True))
+    monkeypatch.setitem(SITES, family, site_map(CONFIGS[family].to_dict()))
+    lanes = [lane(design({"method": "lora", "sites": ["q", "k"]}), seed, family) for seed in range(4)]
+    move(lanes)
+    text = EncodedSplit([np.array([5, 9, 7, 3])], None, np.zeros(1, dtype=np.int64), 0, np.array([4]))
+
+    def predicted(*some: Lane) -> np.ndarray[Any, Any]:
+        shared = cohort(family)
+        shared.admit(*some)
+        found = shared.predict(text, *some)
+        shared.close()
+        return found
+
+    together = predicted(*lanes)
+    for own, found in zip(lanes, together, strict=True):
+        np.testing.assert_allclose(found, predicted(own)[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -16,7 +16,7 @@ import pytest
 from peftscape.search.config import SearchSettings
 from peftscape.search.rung_rules import FEWEST_PEERS, RULES, crowding, epsilon_net, expected, like_cost, logs
 from peftscape.search.rung_study import StudyRungs
-from peftscape.search.rungs import WAITING, Entry, Rungs, Verdict, after, expected_final, rungs_of
+from peftscape.search.rungs import WAITING, Entry, Rungs, Verdict, after, rungs_of
 
 SEEDS = range(20)
 GO_ON, WAIT, STOP = Verdict.GO_ON, Verdict.WAIT, Verdict.STOP
@@ -341,14 +341,6 @@ def test_wrong_entries_are_named() -> None:
         Rungs().decide(0, [Entry(key=1, costs=(1.0,), scores=(0.5,))] * 2)
     with pytest.raises(KeyError):
         Rungs().verdict(1, [Entry(key=1, costs=(1.0,))])
-
-
-def test_a_stopped_trial_is_expected_to_gain_what_the_others_gained() -> None:
-    done = [Entry(key=i, costs=(1.0,), scores=(0.3, 0.5, 0.6 + i / 10)) for i in range(3)]
-    stopped = Entry(key=9, costs=(1.0,), scores=(0.2,))
-    assert expected_final(stopped, done, count=2) == pytest.approx(0.2 + 0.4)
-    assert expected_final(replace(stopped, scores=(0.2, 0.3)), done, count=2) == pytest.approx(0.3 + 0.2)
-    assert expected_final(stopped, [], count=2) == 0.2
 
 
 # -- any Optuna study

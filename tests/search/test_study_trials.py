@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from searches import make_base, tiny
 
 from peftscape.analysis.belief import believe
@@ -183,6 +184,25 @@ def test_several_seeds_a_trial_are_several_lanes(base: Path, tmp_path: Path) -> 
     for record in study.records:
         assert [s.seed for s in record.scores] == [0, 1, 2]
         assert record.validation == pytest.approx(np.mean([s.validation for s in record.scores]))
+
+
+def test_a_seed_that_fails_ends_its_trial(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others say nothing of the design then, and leave their places to the next."""
+    step, steps = Cohort.step, dict[tuple[str, int], int]()
+
+    def sick(self: Cohort) -> list[float]:
+        for lane in self.lanes:
+            steps[lane.name, lane.seed] = lane.step + 1
+            if (lane.name, lane.seed, lane.step) == ("0", 1, 2):
+                with torch.no_grad():
+                    next(iter(lane.params.values())).fill_(np.nan)
+        return step(self)
+
+    monkeypatch.setattr(Cohort, "step", sick)
+    of = config(base, search={"seeds": 3, "retest_seeds": 0}, budget={"trials": 2})
+    study = run_search(of, tmp_path, quiet=True)
+    assert [r.state for r in study.records] == ["failed", "complete"]
+    assert [steps["0", seed] for seed in range(3)] == [3, 3, 3]
 
 
 def test_further_seeds_go_to_open_places_on_the_front(base: Path, tmp_path: Path) -> None:
