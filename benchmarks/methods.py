@@ -59,6 +59,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "child_tuning_d": [{"method": "child_tuning", "variant": "D"}],
     "parallel_attention": [{"method": "parallel_adapter", "sites": ["attention"]}],
     "adapterdrop": [{"method": "pfeiffer_adapter", "size": 48, "layers": "2-5"}],
+    "adapterdrop_robust": [{"method": "pfeiffer_adapter", "size": 48, "drop": 5}],
     "mam": [
         {"method": "parallel_adapter", "sites": ["ffn"], "size": 256, "scale": 4.0},
         {"method": "prefix_tuning_mlp", "length": 30, "hidden": 512, "positions": "keep"},
@@ -310,11 +311,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def relative(row: dict[str, Any], full: dict[str, Any] | None, key: str) -> str:
-    """A cost in that of full fine-tuning; nothing where one of the two was not measured."""
-    return f"{row[key] / full[key]:.2f}" if full is not None and key in row.keys() & full.keys() else ""
 
 
 def gain(scores: list[float], head: list[float]) -> str:

@@ -83,7 +83,7 @@ def _adapted(forward: Forward, module: Any, inputs: Tensor, sites: list[Site]) -
     """What the lane's module gives for 1 x tokens x d_in; without a batch its hooks do nothing."""
     attending = forward.backbone.attending
     # The hooks adapt what they take for one lane with as many tokens as there are inputs.
-    attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[1]), source=None)  # type: ignore[assignment]
+    attending.batch = SimpleNamespace(ids=torch.empty(inputs.shape[:-1]), source=None)  # type: ignore[assignment]
     forward.read_as(inputs, [site.source for site in sites if site.source])
     try:
         out: Tensor = module(inputs)[0]

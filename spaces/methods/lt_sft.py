@@ -38,8 +38,12 @@ class LTSFT(WeightChange):
     def _kept(self, size: int) -> int:
         return max(1, round(self.density * size))
 
+    def phase_end(self, steps: int) -> int:
+        """The last step of the first phase: one is left for each, where there are two."""
+        return max(1, min(round(self.first_phase * steps), steps - 1))
+
     def after_step(self, own: list[Own], step: int, steps: int) -> bool:
-        if step != round(self.first_phase * steps):
+        if step != self.phase_end(steps):
             return False
         delta, chosen = own[0]["delta"], own[0]["chosen"]
         index = weights.largest([delta.abs()], self._kept(len(delta)))

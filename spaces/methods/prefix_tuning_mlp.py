@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peftscape.spaces.knobs import choice, knob, ladder
+from peftscape.spaces.knobs import choice, knob, ladder, log_uniform
 from peftscape.spaces.methods.base import Tensor, Tensors
 from peftscape.spaces.methods.prefix_tuning import PrefixTuning
 
@@ -22,6 +22,8 @@ class PrefixTuningMLP(PrefixTuning):
 
     E, W_down (m' x d) and b_down serve all layers, W_up (2 d_kv x m') and b_up are a layer's own rows of the paper's
     one matrix: l d + d m' + m' + 2L(m' + 1) d_kv trained parameters. E is N(0, 1), the rest as torch starts a linear.
+    All of it learns at `rate` times the lane's rate: a step of AdamW moves P by some m' / 2 times the MLP's rate, and a
+    head from scratch, which the paper does not have, wants a hundred times as much.
     What is stored and deployed are the 2L l d_kv numbers of P alone, which every step makes anew.
     """
 
@@ -29,11 +31,12 @@ class PrefixTuningMLP(PrefixTuning):
 
     length: int = knob(ladder(1, 64), default=16)
     hidden: int = knob(ladder(16, 1024), default=512)
+    rate: float = knob(log_uniform(1e-3, 1), default=0.01)
     positions: str = knob(choice("shift", "keep"), default="shift")
 
     def tensors(self, site: Site) -> Tensors:
         made = {name: Tensor(t.shape, trains=False) for name, t in super().tensors(site).items()}
-        aside: dict[str, Any] = {"stored": False, "deployed": False}
+        aside: dict[str, Any] = {"stored": False, "deployed": False, "rate": self.rate}
         return made | {
             "embedding": Tensor((self.length, site.d_in), init="own", scope="placement", **aside),
             "down": Tensor((self.hidden, site.d_in), init="kaiming", scope="placement", **aside),

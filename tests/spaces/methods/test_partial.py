@@ -160,6 +160,37 @@ def test_diff_pruning_keeps_the_largest_gated_changes_and_trains_them_without_a_
     assert not torch.equal(row["delta"][largest], gated[largest])
 
 
+def test_diff_prunings_gates_close_while_they_train() -> None:
+    """The largest step that AdamW makes is its rate: log alpha's is a hundred times that of the change."""
+    own, shared = lane(design("diff_pruning"), 3, "bert"), cohort("bert")
+    shared.admit(own)
+    for _ in range(STEPS // 2 - 1):
+        shared.step()
+    shared.close()
+    rate = own.design.training.lr
+    fall = -own.own[0][0]["alpha"].mean().item() / (STEPS // 2 - 1)
+    assert 0.3 * 100 * rate < fall < 100 * rate
+
+
+@pytest.mark.parametrize("method", ["lt_sft", "diff_pruning"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_both_phases_have_a_step_in_the_shortest_trainings(method: str, steps: int) -> None:
+    for fraction in (0.05, 0.5, 0.95):
+        of = design(method, density=0.1, first_phase=fraction)
+        own, shared = lane(of, 3, "bert", steps=steps), cohort("bert")
+        shared.admit(own)
+        while not own.done:
+            shared.step()
+        shared.close()
+        row = own.own[0][0]
+        assert int((row["delta"] != 0).sum()) == int(row["chosen"].sum()) == round(0.1 * row["delta"].numel())
+
+
+def test_diff_pruning_that_keeps_all_is_refused() -> None:
+    [error] = design("diff_pruning", density=1.0).check(SITES["bert"])
+    assert "density: below 1 was expected" in error
+
+
 def test_diff_prunings_gate_opens_as_often_as_its_formula_says() -> None:
     from peftscape.spaces.methods.diff_pruning import _gate
 
@@ -172,11 +203,12 @@ def test_diff_prunings_gate_opens_as_often_as_its_formula_says() -> None:
     torch.testing.assert_close(opened, 1 / (1 + torch.exp(-location)), rtol=0, atol=0.015)
 
 
-def test_diff_prunings_penalty_is_the_mean_chance_of_an_open_gate_until_it_is_pruned() -> None:
-    own, shared = lane(design("diff_pruning", penalty_weight=2.0), 3, "bert"), cohort("bert")
+def test_diff_prunings_penalty_counts_the_open_gates_to_expect_until_it_is_pruned() -> None:
+    own, shared = lane(design("diff_pruning", penalty_weight=0.002), 3, "bert"), cohort("bert")
     term = own.penalty()
     assert term is not None
-    assert float(term.detach()) == pytest.approx(2.0 / (1 + math.exp(-5)), rel=1e-12)
+    count = own.own[0][0]["alpha"].numel()
+    assert float(term.detach()) == pytest.approx(0.002 * count / (1 + math.exp(-5)), rel=1e-12)
     shared.admit(own)
     while not own.done:
         shared.step()
