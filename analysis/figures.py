@@ -252,7 +252,7 @@ def _hover(record: Record, knobs: bool) -> str:
         return [*wrapped[:most], *(["…"] if len(wrapped) > most else [])]
 
     state = state_of(record)
-    head = f"#{record.number} {record.label}" + (f" ({record.textbook})" if record.textbook else "")
+    head = f"#{record.number} {record.title}"
     where = "" if isinstance(record, Imported) else " in validation"
     body = [f"{state}; {record.metric}{where} {spread_of(record)}"]
     if interval := retest_interval(record):

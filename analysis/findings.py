@@ -72,7 +72,7 @@ def find(study: Study) -> Findings:
         study.quality.name: importances(records, study.quality),
         study.cost.name: importances(records, study.cost),
     }
-    targets["being on the front"] = importances(records, "front")
+    targets["being on the front"] = importances(records, "front", cost=study.cost.name)
     first = [i.knob for i in targets[study.quality.name] if i.variance > 0.02][:4]
     return Findings(
         members,

@@ -37,20 +37,25 @@ class Importance:
 
 
 def importances(
-    records: Sequence[Record], target: Objective | str, *, method: str | None = None, most: int = MOST
+    records: Sequence[Record],
+    target: Objective | str,
+    *,
+    cost: str = "trainable",
+    method: str | None = None,
+    most: int = MOST,
 ) -> tuple[Importance, ...]:
     """The knobs by importance for a target, computed by Optuna (Hutter et al. 2014; Watanabe et al. 2023).
 
     Args:
         records: those that are complete count, the last `most` of them.
-        target: an objective, or "front": the gap to the best score at no more cost.
+        target: an objective, or "front": the gap to the best score at no more `cost`.
         method: only designs with this method, and its own knobs; without, what all designs have.
 
     Returns the empty tuple with fewer than 20 designs or no knob that varies.
     """
     table = _rows(records, method, most)
     name = target.name if isinstance(target, Objective) else target
-    goal = front_gap(records) if target == "front" else None
+    goal = front_gap(records, cost) if target == "front" else None
     values = [goal.get(r.number, math.nan) if goal is not None else target.value(r) for r, _ in table]  # type: ignore[union-attr]
     rows = [(row, v) for (_, row), v in zip(table, values, strict=True) if math.isfinite(v)]
     shared = [k for k in (rows[0][0] if rows else ()) if all(k in row for row, _ in rows)]
@@ -109,7 +114,7 @@ def _study(rows: Sequence[Mapping[str, Value]], values: Sequence[float], maximiz
     return study
 
 
-def front_gap(records: Sequence[Record], cost: str = "trainable") -> dict[int, float]:
+def front_gap(records: Sequence[Record], cost: str) -> dict[int, float]:
     """How far each complete record's score is below the best at no more cost; 0 on the front."""
     complete = [r for r in records if r.state == "complete"]
     if not complete:

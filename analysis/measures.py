@@ -41,8 +41,14 @@ class Imported(Record):
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
+_LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "rmse", "mae", "forgetting")
 MISSING = "missing value"
 """The failure's kind of a run that ended well and lacks a finite value of the metric asked for."""
+
+
+def direction_of(metric: str) -> Direction:
+    """Which way a metric is better, where only its name is known: losses and errors are minimised."""
+    return "minimize" if any(word in metric.lower() for word in _LOWER_IS_BETTER) else "maximize"
 
 
 def measure(record: Record, name: str) -> float:

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftscape.analysis.front import Objective, finite, non_dominated
+from peftscape.analysis.measures import direction_of
 from peftscape.spaces.record import COSTS, Record
 
 _CORRELATIONS = frozenset({"matthews", "pearson", "spearman"})
 # No sampling error is known from the value alone.
-_NO_SHARE = frozenset({"mse", "rmse", "mae", "loss", "perplexity", "bleu", "chrf", "rouge_l"})
+_NO_SHARE = frozenset({"r2", "bleu", "chrf", "rouge_l"})
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def standard_error(metric: str, value: float, n: int) -> float:
     successes and two failures (Agresti and Coull 1998), so that a perfect score is not free of error.
     Correlations (Matthews, Pearson, Spearman): (1 - r^2) / sqrt(n - 1).
     """
-    if n < 2 or not math.isfinite(value) or metric in _NO_SHARE:
+    if n < 2 or not math.isfinite(value) or metric in _NO_SHARE or direction_of(metric) == "minimize":
         return math.nan
     if metric in _CORRELATIONS:
         return (1 - min(1.0, value * value)) / math.sqrt(n - 1)

@@ -5,6 +5,7 @@ from collections import Counter
 
 from peftscape.analysis import units
 from peftscape.analysis.noise import smallest_difference, validation_interval
+from peftscape.analysis.predicted import training_work
 from peftscape.analysis.states import saved
 from peftscape.analysis.study import Study
 from peftscape.spaces.record import Record
@@ -13,13 +14,13 @@ from peftscape.spaces.record import Record
 def spent(study: Study) -> list[tuple[str, str]]:
     """What the search cost to run."""
     records = study.records
-    work = sum(r.costs.train_flops * r.curve[-1][0] for r in records if r.costs and r.curve)
+    work = training_work(study, failed=True)
     seeds = [score for record in records for score in record.retests]
     spent = [
         ("Trials", f"{len(records):,}"),
         *_account(study),
         ("From the first start to the last end", units.seconds(study.elapsed_s)),
-        ("Sum of the trials' own times (lanes overlap)", units.seconds(sum(r.wall_s for r in records))),
+        ("Trials' shares of the time that their lanes trained", units.seconds(sum(r.wall_s for r in records))),
         ("Training work, counted as if each trained alone", units.amount(work, "FLOP") if work else "–"),
         *_stopped(study),
         ("Retests", f"{len(seeds):,} of {sum(bool(r.retests) for r in records):,} designs"),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftscape.analysis.measures import Imported
-from peftscape.analysis.rows import aim, direction_of
+from peftscape.analysis.measures import Imported, direction_of
+from peftscape.analysis.rows import aim
 from peftscape.spaces.record import Failure
 
 KNOWN_SIZES = {"gsm8k": 1319}

@@ -51,10 +51,19 @@ def _predicted(name: str, record: Record, found: Mapping[str, Any], study: Study
 
 
 def search_rate(study: Study) -> float:
-    """Training FLOPs a second that the search reached with its lanes together; 0 where it is not known."""
-    work = sum(r.costs.train_flops * r.curve[-1][0] for r in study.records if r.costs and r.curve)
+    """Training FLOPs a second that the search reached with its lanes together; 0 where it is not known.
+
+    The seconds of trials that failed are not among those of training.
+    """
     seconds = study.spent.get("training_s", 0.0)
-    return work / seconds if seconds > 0 else 0.0
+    return training_work(study, failed=False) / seconds if seconds > 0 else 0.0
+
+
+def training_work(study: Study, *, failed: bool) -> float:
+    """Training FLOPs of all trials' lanes, those that `failed` too or not; a curve is that of the first of them."""
+    seeds = int(dict(study.config.get("search") or {}).get("seeds", 1))
+    trained = [r for r in study.records if r.costs and r.curve and (failed or r.state != "failed")]
+    return float(sum(seeds * r.costs.train_flops * r.curve[-1][0] for r in trained if r.costs))
 
 
 def _amount(value: float, unit: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscape.analysis.measures import Imported, common_denominator, is_cost
+from peftscape.analysis.measures import Imported, common_denominator, direction_of, is_cost
 from peftscape.spaces.record import Direction, Failure, State
 
 NAMES = ("name", "label", "design", "run", "experiment_name", "experiment", "id")
@@ -21,7 +21,6 @@ _WORDS: dict[str, State] = {
     **dict.fromkeys(("pruned", "stopped", "stopped early"), "pruned"),
     "running": "running",
 }
-_LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "rmse", "mae", "forgetting")
 
 
 class RowsError(ValueError):
@@ -102,11 +101,6 @@ def aim(
         values = [v for run in runs for v in run.columns.get(metric, ()) if math.isfinite(v)]
         n = common_denominator(values)
     return tuple(run.aimed(metric, direction, n) for run in runs)
-
-
-def direction_of(metric: str) -> Direction:
-    """Which way a metric is better, where only its name is known: losses and errors are minimised."""
-    return "minimize" if any(word in metric.lower() for word in _LOWER_IS_BETTER) else "maximize"
 
 
 def _record(

@@ -17,6 +17,7 @@ from peftscape.analysis.front import Objective, ObjectiveError
 from peftscape.analysis.measures import is_cost, measure
 from peftscape.analysis.noise import t_interval
 from peftscape.analysis.study import Study
+from peftscape.spaces.words import nearest
 
 Floats = NDArray[np.float64]
 
@@ -88,7 +89,8 @@ def compare(
     """Groups the runs and compares the hypervolume that each reached, by trials, by time and at the end.
 
     The hypervolume is a share of the box from the best value seen in any run to the reference, with costs on a
-    log axis. A run of more trials than the shortest is cut there: all are compared at an equal number.
+    log axis. A run of more trials than the shortest is cut there: all are compared at an equal number. Methods of a
+    run are compared as far as each came.
 
     Args:
         by: a key of the configurations ("search.sampler") to group by, or "method", which takes each run's
@@ -97,22 +99,32 @@ def compare(
         reference: of an objective the value beyond which nothing counts; else the worst seen.
 
     Raises:
-        ObjectiveError: if a run lacks an objective, none was named and none is common, or `by` is in no run.
+        ObjectiveError: if a run lacks an objective, none was named and none is common, `by` is in no run, the
+            reference names no objective or is better than what was seen, or no trial of a run has ended.
     """
     axes = tuple(objectives or studies[0].objectives)
     sources = [study.aimed(axes) for study in studies]
     parted = _parted(sources) if by == "method" else [(study, name) for study, name in _grouped(sources, by)]
     raw = [_raw(study, axes) for study, _ in parted]
-    everything = np.concatenate([values[np.isfinite(values).all(axis=1)] for values in raw])
+    if none := [study.source for (study, _), values in zip(parted, raw, strict=True) if not len(values)]:
+        raise ObjectiveError(f"no trial of {', '.join(none)} has ended yet")
+    everything = np.concatenate([np.empty((0, len(axes))), *(v[np.isfinite(v).all(axis=1)] for v in raw)])
     if not len(everything):
         raise ObjectiveError("no run has a complete record with all of " + ", ".join(axis.name for axis in axes))
     best, worst = everything.min(axis=0), everything.max(axis=0)
-    for i, axis in enumerate(axes):
-        if reference and axis.name in reference:
-            worst[i] = _loss(reference[axis.name], axis)
+    names = [axis.name for axis in axes]
+    for name, value in (reference or {}).items():
+        if name not in names:
+            raise ObjectiveError(f'reference: no objective "{name}"{nearest(name, names)}')
+        i = names.index(name)
+        worst[i] = _loss(value, axes[i])
+        if worst[i] <= best[i]:
+            seen = f"the best seen, {_value(best[i], axes[i]):g}"
+            raise ObjectiveError(f"reference: {name} {value:g} is no worse than {seen}")
     spread = np.where(worst > best, worst - best, 1.0)
     scaled = [(values - best) / spread for values in raw]
-    shortest = min(len(values) for values in scaled)
+    lengths = [len(values) for values in scaled]
+    shortest = max(lengths) if by == "method" else min(lengths)
     members: dict[str, list[int]] = {}
     for i, (_, name) in enumerate(parted):
         members.setdefault(name, []).append(i)
@@ -128,7 +140,7 @@ def compare(
         groups,
         tests,
         attained,
-        tuple(_notes(groups, [len(v) for v in scaled], shortest)),
+        tuple(_notes(groups, lengths, shortest)),
     )
 
 
@@ -236,7 +248,8 @@ def _group(
     curves: Sequence[Floats],
     shortest: int,
 ) -> Group:
-    trials = _progress(np.arange(1.0, shortest + 1), np.array([curves[i][:shortest] for i in which]))
+    at_most = [np.pad(curves[i], (0, max(0, shortest - len(curves[i]))), mode="edge")[:shortest] for i in which]
+    trials = _progress(np.arange(1.0, shortest + 1), np.array(at_most))
     ends = [sorted(studies[i].ended_s.get(r.number, math.inf) for r in studies[i].records) for i in which]
     time = None
     if all(end and math.isfinite(end[len(curves[i]) - 1]) for end, i in zip(ends, which, strict=True)):
@@ -248,7 +261,7 @@ def _group(
             rows.append(np.concatenate([[0.0], curves[i]])[done])
         time = _progress(at, np.array(rows))
     cut = tuple(scaled[i][:shortest][np.isfinite(scaled[i][:shortest]).all(axis=1)] for i in which)
-    finals = tuple(float(curves[i][shortest - 1]) if shortest else 0.0 for i in which)
+    finals = tuple(float(curve[-1]) for curve in at_most)
     spent = tuple(studies[i].spent for i in which)
     return Group(name, tuple(studies[i].source for i in which), finals, cut, trials, time, spent)
 

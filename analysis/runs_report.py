@@ -206,9 +206,7 @@ def _surface_figure(found: Compared) -> dict[str, Any]:
         line = {"color": STYLES[i % len(STYLES)][0], "width": 2, "shape": "hv"}
         x, y = (1 - surface[:, 1]).tolist(), (1 - surface[:, 0]).tolist()
         name = html.escape(group.name)
-        data.append(
-            {"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "line": line | {"shape": "vh"}}
-        )
+        data.append({"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "line": line})
     first, second = found.objectives
     made = layout(*(f"{axis.name}, reference 0 to best seen 1" for axis in (second, first)))
     made["xaxis"] |= {"type": "linear", "tickmode": "auto"}

@@ -19,8 +19,8 @@ __all__ = ["ABLATION", "RETEST", "FailedRetest", "SourceError", "Study", "from_o
 def load(source: str | Path, *, name: str | None = None) -> Study:
     """The study in a run folder, an Optuna storage, JSON lines, CSV, or a folder of HF peft's results.
 
-    A run folder has `study.db`; a storage is a URL or a `.db` file. JSON lines hold this package's records, or
-    flat objects, which are read as the rows of a CSV file are (`rows.imported`).
+    A run folder has `study.db`; a storage is a URL (of several studies one as URL#NAME) or a `.db` file. JSON lines
+    hold this package's records, or flat objects, which are read as the rows of a CSV file are (`rows.imported`).
 
     In an Optuna storage a trial's record is the JSON in its user attribute `record`; a trial without one is
     listed with the state that Optuna knows, but for those that wait to be started. Retests are the trials of
@@ -35,7 +35,8 @@ def load(source: str | Path, *, name: str | None = None) -> Study:
     """
     text = str(source)
     if "://" in text:
-        return _load_storage(text, name, shown=_masked(text))
+        url, _, own = text.partition("#")
+        return _load_storage(url, name or own or None, shown=_masked(text))
     path = Path(source)
     if path.is_dir():
         if not (path / "study.db").is_file():
@@ -71,7 +72,7 @@ def _load_storage(url: str, name: str | None, *, shown: str) -> Study:
     try:
         names = [found for found in optuna.get_all_study_names(storage) if not found.endswith((RETEST, ABLATION))]
         if name not in names and (name or len(names) != 1):
-            what = f'no study "{name}"' if name else "expected one study, or the name of one"
+            what = f'no study "{name}"' if name else "expected one study, or which: URL#NAME"
             raise SourceError(f"{shown}: {what}; it holds {', '.join(names) or 'none'}")
         name = name or names[0]
         study = optuna.load_study(study_name=name, storage=storage)

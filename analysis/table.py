@@ -45,7 +45,7 @@ def front_table(study: Study, objectives: Sequence[Objective] | None = None) -> 
         table.add_column(head, justify="right", no_wrap=True)
     for record in members:
         interval = retest_interval(record)
-        name = record.label + (f" ({record.textbook})" if record.textbook else "")
+        name = record.title
         costs = [cost_text(record, cost) for cost in shown]
         # Text, not markup: a label such as "[red]" is shown as it is.
         known = [spread(interval)] if tested else []

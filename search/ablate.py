@@ -8,6 +8,7 @@ the study `NAME.ablation` in the same storage. They count nowhere else: not for 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from peftscape.search.session import Session, design_costs, open_session
 from peftscape.search.trial import Trial
 from peftscape.spaces.design import Design
 from peftscape.spaces.record import Failure
+from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
     from peftscape.search.config import SearchConfig
 
 
-def ablate(out: Path, *, storage_url: str | None = None, quiet: bool = False) -> Study:
+def ablate(out: Path, *, storage_url: str | None = None, name: str | None = None, quiet: bool = False) -> Study:
     """Train what is missing on the path, write the report anew, and return the study with the records of it.
 
     The same call goes on where it stopped: what has a record is not trained again, whatever it gave.
@@ -35,6 +37,7 @@ def ablate(out: Path, *, storage_url: str | None = None, quiet: bool = False) ->
     Args:
         out: a run's folder.
         storage_url: of the PostgreSQL database that holds the study, where it is not in the folder.
+        name: which study, where the database holds several.
 
     Raises:
         SourceError: if there is no path: no complete textbook design, or it is the best one itself.
@@ -42,20 +45,23 @@ def ablate(out: Path, *, storage_url: str | None = None, quiet: bool = False) ->
     from peftscape.search.config_file import read_config
 
     source = storage_url or out
-    study = load(source)
+    study = load(source, name=name)
     found = ends(study.records)
     if found is None:
         raise SourceError(f"{out}: no path to train: no complete textbook design, or the best design is one")
     config = read_config(dict(study.config))
     tried = {record.digest for record in study.ablations}
-    designs = [Design.from_json(dict(d)) for d in missing(ablation(study.records, *found, study.ablations))]
+    designs = []
+    for step in missing(ablation(study.records, *found, study.ablations)):
+        with suppress(InputError):  # a step that is no design, as full fine-tuning beside another, stays predicted
+            designs.append(Design.from_json(dict(step)))
     designs = [design for design in designs if design.digest not in tried]
     if not designs:
         return study
     _train(designs, config, out, study.name, storage_url, quiet)
     from peftscape.analysis.report import write_report
 
-    study = load(source)
+    study = load(source, name=study.name)
     write_report(study, out / "report.html")
     return study
 

@@ -155,7 +155,7 @@ class Asking:
             trial,
             design,
             price,
-            name if name != design.label else None,
+            name,
             tries=trial.user_attrs.get("tries", 1),
             stops=self.session.stops,
             rungs=[row[0] for row in trial.user_attrs.get(SCORES, ())],

@@ -181,10 +181,14 @@ def _attend_class(
         if more.get("sliding_window"):
             near &= place[:, None] - place < more["sliding_window"]
         allowed = allowed & near
+    elif window := more.get("sliding_window"):  # both ways, as EmbeddingGemma's
+        place = torch.arange(rows.length, device=q.device)
+        allowed = allowed & ((place[:, None] - place).abs() < window)
     bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
     softcap = more.get("softcap")
     keys, values = ([t for p in prefixes for t in p.own[i]] for i in (0, 1))
-    if prefixes and softcap is None and not any(p.gate for p in prefixes):
+    one_way = run.causal or not more.get("sliding_window")
+    if prefixes and one_way and softcap is None and not any(p.gate for p in prefixes):
         with noting([ran for p in prefixes for ran in p.ran]):
             fused = ops.attends_fused(q, keys, values)
         if fused:

@@ -122,10 +122,9 @@ class Comparing:
         """What the comparison has to know of a trial, where it matters."""
         if len(trial.rungs) > 1:
             return {}
-        alone = [placement.method.name for placement in trial.design.placements] == ["head_only"]
         marks = {
             PROTECTED: trial.safe,
-            FLOOR: trial.safe and alone,
+            FLOOR: trial.safe and trial.design.label == "head_only",
             BRACKET: self.rungs.bracket(trial.number, slow=trial.design.starts_slowly),
         }
         return {name: value for name, value in marks.items() if value}

@@ -336,11 +336,12 @@ class Forward:
         batch = self.backbone.attending.batch
         if batch is None:
             return False
-        shape = x.shape[:-2] if x.ndim == 4 else x.shape[:-1]  # a norm of single heads reads tokens x heads x width
+        # A norm of single heads reads texts x tokens x heads x width, Gemma 3's texts x heads x tokens x width.
+        shapes = [x.shape[:2], x.shape[0:3:2]] if x.ndim == 4 else [x.shape[:-1]]
         known = [batch.ids.shape] + ([batch.source.ids.shape] if batch.source is not None else [])
         if self._read is not None:
             known.append(torch.Size([len(batch.ids), len(self._read) // len(batch.ids)]))
-        return shape not in known
+        return not any(shape in known for shape in shapes)
 
     def read_as(self, x: Tensor, sources: Iterable[str]) -> None:
         """Let `x` stand for what these modules have read, where one module runs by itself."""

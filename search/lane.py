@@ -289,7 +289,9 @@ def draw(declared: Declared, source: torch.Generator, backbone: Backbone) -> Ten
     if declared.init == "vocabulary":
         table = backbone.embedding.weight
         rows = torch.randint(len(table), (shape[0],), generator=source)
-        return table[rows.to(table.device)].float().cpu()
+        with torch.no_grad():  # through the module, which scales what it gives in some families
+            found: Tensor = backbone.embedding(rows.to(table.device))
+        return found.float().cpu()
     return torch.zeros(shape)
 
 

@@ -6,6 +6,9 @@ unit vectors, and that of a norm off two inputs of opposite sign.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -58,18 +61,30 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     try:
         for path, sites in _by_module(lane).items():
             module: Any = backbone.model.get_submodule(path)
-            inputs = _opposites(module) if path in norms else _units(module, backbone)
-            change = _adapted(forward, module, inputs, sites) - module(inputs)[0]
-            changed = _changed(module, change, inputs, path in norms)
-            if getattr(module, "bias", None) is None and bool(changed.pop("bias").any()):
-                refused.append(path)
-            found |= {f"{path}.{name}": getattr(module, name).detach() + value for name, value in changed.items()}
+            with _precise(module):
+                inputs = _opposites(module) if path in norms else _units(module)
+                change = _adapted(forward, module, inputs, sites) - module(inputs)[0]
+                changed = _changed(module, change, inputs, path in norms)
+                if getattr(module, "bias", None) is None and bool(changed.pop("bias").any()):
+                    refused.append(path)
+                found |= {f"{path}.{name}": getattr(module, name).detach() + value for name, value in changed.items()}
     finally:
         forward.arrange([])
     if refused:
         first = f"{len(refused)} modules, the first {refused[0]}," if len(refused) > 1 else refused[0]
         raise InputError("merge", [f"{first} without a bias cannot take the shift that training gave; export unmerged"])
     return found
+
+
+@contextmanager
+def _precise(module: Any) -> Iterator[None]:
+    """In float32 at least: the difference of two outputs in bfloat16 would have lost what is far below a bias."""
+    held = module.weight.dtype
+    module.to(torch.promote_types(held, torch.float32))
+    try:
+        yield
+    finally:
+        module.to(held)
 
 
 def _by_module(lane: Lane) -> dict[str, list[Site]]:
@@ -92,12 +107,12 @@ def _adapted(forward: Forward, module: Any, inputs: Tensor, sites: list[Site]) -
         attending.batch = None
 
 
-def _units(module: Any, backbone: Backbone) -> Tensor:
+def _units(module: Any) -> Tensor:
     """1 x (d_in + 1) x d_in: the unit vectors, and zero for the bias."""
     rows, columns = module.weight.shape
     d_in = columns if isinstance(module, nn.Linear) else rows
     weight = module.weight
-    return torch.cat([torch.eye(d_in), torch.zeros(1, d_in)]).to(weight.device, backbone.dtype).unsqueeze(0)
+    return torch.cat([torch.eye(d_in), torch.zeros(1, d_in)]).to(weight).unsqueeze(0)
 
 
 def _opposites(module: Any) -> Tensor:
@@ -184,8 +199,18 @@ def export_merged(adapter: Adapter, directory: str | Path) -> Path:
     if adapter.head.kind == "lm":
         _untie(model, state)
     model.load_state_dict(state)
+    tokenizer = copy.deepcopy(adapter.backbone.tokenizer)
+    if (
+        adapter.card.head == "class"
+        and adapter.head.pooling == "last"
+        and config.pad_token_id is None
+        and tokenizer is not None
+    ):
+        # transformers' classifier looks for the last token before the padding, and refuses batches without one.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
     with replacing(Path(directory), ("config.json",), last="config.json") as folder:
         model.to(adapter.backbone.dtype).save_pretrained(str(folder))
-        if adapter.backbone.tokenizer is not None:
-            adapter.backbone.tokenizer.save_pretrained(str(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
     return Path(directory)

@@ -53,7 +53,8 @@ def _split(
     sources = tokenizer(list(read), return_attention_mask=False, verbose=False)["input_ids"]
     aims = tokenizer(text_target=list(written), return_attention_mask=False, verbose=False)["input_ids"]
     if end is not None:
-        aims = [row if row and row[-1] == end else [*row, end] for row in aims]
+        # mBART's rows may end in the end and the language, which the decoder starts with.
+        aims = [row if end in row[-2:] else [*row, end] for row in aims]
     cut = sum(len(a) > length or len(b) > length for a, b in zip(sources, aims, strict=True))
     source_ids, ids = _shortened(sources, length), _shortened(aims, length)
     lengths = np.array([len(a) + len(b) for a, b in zip(source_ids, ids, strict=True)], dtype=np.int64)

@@ -84,9 +84,12 @@ def open_session(config: SearchConfig) -> Session:
         trust_remote_code=model.trust_remote_code,
         overrides=dict(model.sites) or None,
     )
-    limit = min(model.max_length, backbone.sites.max_positions or model.max_length)
-    data = encode(task, backbone.tokenizer, limit, pairs=backbone.sites.decoder_layers > 0)
+    data = encode(task, backbone.tokenizer, _longest(config, backbone), pairs=backbone.sites.decoder_layers > 0)
     head = make_head(backbone, kind=config.head, outputs=task.num_outputs)
+    end = getattr(backbone.tokenizer, "eos_token_id", None)
+    if backbone.sites.decoder_layers and config.head == "class" and any(ids[-1] != end for ids in data.train.ids):
+        why = "reads the last end of a text, and this tokenizer ends texts in another token"
+        raise InputError("model.head", [f'transformers\' classifier {why}; use head = "mean"'])
     tokens, target = _typical(data.train)
     steps = max(1, -(-config.search.full_length(len(data.train)) // config.search.batch_size))
     try:
@@ -94,6 +97,11 @@ def open_session(config: SearchConfig) -> Session:
     except ValueError as error:
         raise InputError("search.rungs", [str(error)]) from None
     return Session(config, backbone, head, task, data, tokens, steps, target, states=StateCache(backbone), rungs=rungs)
+
+
+def _longest(config: SearchConfig, backbone: Backbone) -> int:
+    """Tokens after which a text is cut."""
+    return min(config.model.max_length, backbone.sites.max_positions or config.model.max_length)
 
 
 def _typical(split: EncodedSplit) -> tuple[int, int | None]:
@@ -124,7 +132,7 @@ def adapter_card(session: Session, design: Design, seed: int) -> Card:
         design=design,
         head=session.config.head,
         outputs=session.task.num_outputs,
-        max_length=session.config.model.max_length,
+        max_length=_longest(session.config, session.backbone),
         labels=session.task.labels,
         metric=session.task.metric.name,
         task={"name": session.task.name, "seed": seed}

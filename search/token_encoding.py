@@ -112,8 +112,16 @@ def first_tokens(numbers: Ids) -> NDArray[np.bool_]:
 def _joins_words(tokenizer: Any) -> bool:
     """Whether it makes other tokens of a word behind a blank, and puts none before it itself.
 
-    Byte-level tokenizers (GPT-2, RoBERTa, Llama 3) do; transformers' examples load them with add_prefix_space=True.
+    Byte-level tokenizers (GPT-2, RoBERTa, Llama 3) do; transformers' examples load them with add_prefix_space=True. So
+    do those that write "▁" for a blank and put none before every word (Gemma).
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
-    parts = state.get("pretokenizers", [state])
-    return any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    before, norm = state.get("pre_tokenizer") or {}, state.get("normalizer") or {}
+    for part in before.get("pretokenizers", [before]):
+        if part.get("type") == "ByteLevel" and not part.get("add_prefix_space"):
+            return True
+        if part.get("type") == "Metaspace":
+            return bool(part.get("prepend_scheme", "always") != "always")
+    steps = norm.get("normalizers", [norm])
+    blanks = any(step.get("type") == "Replace" and step.get("content") == "▁" for step in steps)
+    return blanks and not any(step.get("type") == "Prepend" for step in steps)

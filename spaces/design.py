@@ -256,6 +256,8 @@ class Design:
                 errors.append(f"{at}.sites: {p.method.name} takes no {' or '.join(p.sites)} of this {sites.family}")
             reasons = {reason: None for s in here if (reason := p.method.check(s))}
             errors += [f"{at}.{reason}" for reason in list(reasons)[:3]]
+            if p.mask is not None and here and not reasons and not any(p.maskable(t) for *_, t in p.tensors(sites)):
+                errors.append(f"{at}.mask: {p.method.name} trains vectors alone, and has no matrix to mask")
             if p.gate:
                 # The gate reads what the module of a site reads, whose width a kv site does not say.
                 wide = [s for s in p.where(sites) if s.kind == "kv" and s.d_in != sites.d_model]

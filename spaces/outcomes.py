@@ -42,7 +42,7 @@ def unpack(text: str) -> NDArray[np.float64]:
     try:
         n, packed = int(count), base64.b64decode(body, validate=True)
         raw = zlib.decompressobj().decompress(packed, max(1, 4 * n) + 1)  # a bomb is not unpacked
-    except (ValueError, binascii.Error, zlib.error) as error:
+    except (ValueError, OverflowError, binascii.Error, zlib.error) as error:
         raise ValueError(f'expected outcomes as "bits:N:..." or "f32:N:...", found "{text[:40]}": {error}') from None
     bits = kind == "bits"
     if kind not in ("bits", "f32") or n < 1 or len(raw) != (-(-n // 8) if bits else 4 * n):

@@ -157,6 +157,11 @@ class Record:
         """The mean test score over the retests, which no selection saw; NaN where there is none."""
         return _mean(score.test for score in self.retests if score.test is not None)
 
+    @property
+    def title(self) -> str:
+        """The label, and the published name where it is another."""
+        return f"{self.label} ({self.textbook})" if self.textbook not in (None, self.label) else self.label
+
     def to_json(self) -> dict[str, Any]:
         """The record as strict JSON values, which `from_json` reads back to an equal record."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}

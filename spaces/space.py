@@ -56,9 +56,10 @@ class Option:
             if sparsity > 0:
                 mask = Mask(sparsity=sparsity, score=_ask(trial, f"{self.name}.mask.score", self.mask[1]))
         more = {k: _ask(trial, f"{self.name}.{k}", v) for k, v in self.more.items()}
-        if not layers or any(value == 0 for value in knobs.values() if not isinstance(value, bool)):
+        kind = find(self.method)
+        if not layers or knobs.get(kind.size_knob or "") == 0:
             return None
-        method = find(self.method)(**knobs)
+        method = kind(**knobs)
         return Placement(method=method, sites=tuple(sites), layers=layers, mask=mask, **_compositions(more))
 
     def params(self, placement: Placement) -> dict[str, Value]:
@@ -90,7 +91,7 @@ class Option:
         if self.layers is not None and "bits" in self.layers.words and not self._asked():
             return self.layers.params(f"{self.name}.layers", ())
         for knob, value in self.knobs.items():
-            if isinstance(value, Domain) and 0 in value.ends():
+            if knob == find(self.method).size_knob and isinstance(value, Domain) and 0 in value.ends():
                 zero = dict(value.param(f"{self.name}.{knob}", 0))
                 rest = [(k, v) for k, v in self.knobs.items() if k != knob]
                 for name, other in [*rest, ("sites", self.sites), *self.more.items()]:

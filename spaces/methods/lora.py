@@ -95,8 +95,8 @@ BEYOND = (
     "use_dora", "use_qalora", "use_bdlora", "kasa_config", "lora_bias", "layer_replication", "arrow_config",
     "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "megatron_config", "velora_config",
 )  # fmt: skip
-#: Starts after which the base weights are what they were (PiSSA's, OLoRA's and others are not).
-SAME_MAP = (True, False, "gaussian", "eva", "orthogonal", "loftq")
+#: Starts after which the base weights are what they were (PiSSA's, OLoRA's, LoftQ's and others are not).
+SAME_MAP = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def lora_in_peft(

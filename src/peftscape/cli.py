@@ -110,7 +110,7 @@ def search(
         from peftscape.search.ablate import ablate as train_path
 
         try:
-            study = train_path(out, storage_url=storage, quiet=quiet)
+            study = train_path(out, storage_url=storage, name=config.name, quiet=quiet)
         except SourceError as error:  # the search itself is whole
             typer.echo(str(error), err=True)
     cli_runs.show_study(study, out)

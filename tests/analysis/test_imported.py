@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from peftscape.analysis.front import ObjectiveError, front
+from peftscape.analysis.report import write_report
 from peftscape.analysis.sources import SourceError, load
 from peftscape.analysis.table import front_json
 
@@ -90,6 +91,14 @@ def test_csv_with_named_columns(tmp_path: Path) -> None:
     assert [r.label for r in front(study.records, study.objectives)] == ["b", "a"]
     assert [axis.name for axis in study.objectives] == ["f1", "peak_bytes"]
     assert [r.state for r in study.aimed("peak_bytes,f1:max").records] == ["complete", "complete", "failed", "failed"]
+
+
+def test_a_report_of_a_cost_that_is_not_parameters(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [f"r{i},{rng.random():.3f},{rng.integers(1, 99)},{rng.integers(9)}" for i in range(30)]
+    (tmp_path / "runs.csv").write_text("\n".join(["name,f1,peak_bytes,rank", *rows]) + "\n")
+    write_report(load(tmp_path / "runs.csv"), tmp_path / "report.html")
+    assert "f1" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

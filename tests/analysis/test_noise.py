@@ -75,7 +75,8 @@ def test_the_sampling_error_is_what_drawing_examples_gives() -> None:
     seen = [np.corrcoef(pair.T)[0, 1] for pair in pairs]
     assert standard_error("pearson", 0.6, 400) == pytest.approx(np.std(seen), rel=0.06)
     assert standard_error("accuracy", 1.0, 100) > 0
-    assert math.isnan(standard_error("mse", 0.2, 100))
+    for metric in ("mse", "log_loss", "eval_loss", "perplexity", "r2", "bleu"):
+        assert math.isnan(standard_error(metric, 0.2, 100)), f"{metric} is no share"
 
 
 def test_more_seeds_add_the_error_of_their_mean() -> None:

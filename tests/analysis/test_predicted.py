@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from peftscape.analysis.forms import markdown
 from peftscape.analysis.front import parse_objectives
-from peftscape.analysis.predicted import predicted_rows
+from peftscape.analysis.predicted import predicted_rows, search_rate
 from peftscape.analysis.report import write_report
 from peftscape.analysis.sources import Study
 from peftscape.spaces.record import Costs, Record, Score
@@ -45,6 +46,13 @@ def test_rows_hold_what_was_told_and_seen() -> None:
         # 2 x 640 texts x 2,000 FLOPs in 128 s is 20,000 a second; a step is 32 x 2,000.
         ("Seconds a step", "3.2 s", "2 s", "+60.0%"),
     ]
+
+
+def test_the_rate_counts_all_seeds_and_leaves_out_what_failed() -> None:
+    found = dataclasses.replace(study(), config={"search": {"seeds": 3}})
+    assert search_rate(found) == 3 * search_rate(study())
+    failed = dataclasses.replace(found.records[0], state="failed", scores=())
+    assert search_rate(dataclasses.replace(found, records=(failed, found.records[1]))) == search_rate(found) / 2
 
 
 @pytest.mark.parametrize("odd", [{}, {"9": MEASURED}, {"1": None}, {"1": {"peak_bytes": "many", "step_s": 0}}])

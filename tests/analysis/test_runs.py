@@ -11,10 +11,11 @@ import pytest
 import synthetic
 
 from peftscape.analysis.attainment import attainment_difference
+from peftscape.analysis.figures import family
 from peftscape.analysis.front import ObjectiveError, hypervolume, parse_objectives
 from peftscape.analysis.measures import measure
 from peftscape.analysis.runs import Compared, compare, compare_runs, parse_reference
-from peftscape.analysis.runs_report import compared_json, compared_tables, write_comparison
+from peftscape.analysis.runs_report import _surface_figure, compared_json, compared_tables, write_comparison
 from peftscape.analysis.sources import Study, from_optuna, load
 
 AXES = parse_objectives("accuracy:max,trainable:min")
@@ -156,6 +157,36 @@ def test_a_comparison_is_shown_as_json_table_and_page(tmp_path: Path) -> None:
     assert evil not in text.replace("plotly.js", "")
     assert "&lt;script&gt;" in text
     assert "http-equiv" in text
+
+
+def test_methods_are_compared_as_far_as_each_came() -> None:
+    [study, *_] = runs(1)
+    found = compare([study], AXES, by="method")
+    counts = {group.name: sum(family(r) == group.name for r in study.records) for group in found.groups}
+    assert len(set(counts.values())) > 1
+    for group in found.groups:
+        own = [r for r in study.records if family(r) == group.name]
+        rows = scaled(found, dataclasses.replace(study, records=tuple(own)))
+        assert group.finals == pytest.approx([hypervolume(rows, ["minimize"] * 2, [1.0, 1.0])])
+        assert len(group.trials.at) == max(counts.values())
+
+
+def test_the_surface_shows_what_was_attained_at_each_cost() -> None:
+    found = compare(runs(3), AXES)
+    for line in _surface_figure(found)["data"]:
+        assert list(line["x"]) == sorted(line["x"], reverse=True), "from cheap to dear"
+        assert line["line"]["shape"] == "hv", "between two costs the cheaper design is what there is"
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    studies = runs(2)
+    with pytest.raises(ObjectiveError, match=r'no objective "acuracy". Did you mean "accuracy"\?'):
+        compare(studies, AXES, reference={"acuracy": 0.6})
+    with pytest.raises(ObjectiveError, match="accuracy 1 is no worse than the best seen"):
+        compare(studies, AXES, reference={"accuracy": 1.0})
+    running = tuple(dataclasses.replace(r, state="running", scores=()) for r in studies[0].records)
+    with pytest.raises(ObjectiveError, match=r"no trial of runs/random-0 has ended yet"):
+        compare([dataclasses.replace(studies[0], records=running), *studies[1:]], AXES)
 
 
 def test_a_reference_is_read_or_refused() -> None:

@@ -93,8 +93,9 @@ def test_a_record_of_a_newer_peftscape_is_refused_by_trial() -> None:
 def test_several_studies_need_a_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         synthetic.store(synthetic.records(2), url(tmp_path), name=name)
-    with pytest.raises(SourceError, match="the name of one; it holds a, b"):
+    with pytest.raises(SourceError, match="or which: URL#NAME; it holds a, b"):
         load(tmp_path)
+    assert load(f"{url(tmp_path)}#b").name == "b"
     assert load(tmp_path, name="b").name == "b"
     with pytest.raises(SourceError, match='no study "c"'):
         load(tmp_path, name="c")

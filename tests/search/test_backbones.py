@@ -59,6 +59,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", _GROUPED),
     "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
     "gemma2": ("gemma2", {**_GROUPED, "sliding_window": 6, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+    "gemma3 both ways": (
+        "gemma3_text",
+        {**_GROUPED, "head_dim": 16, "sliding_window": 6, "use_bidirectional_attention": True},
+    ),
 }
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "gemma", "gemma2")
 NO_PAD = ("gpt2", "llama")

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from contract import ALL, CONFIGS, SITES, cohort, examples, kind_of, lane, logits, move, on
 from merged import anywhere, apart, by_transformers, homeless_shifts, with_head
 from plain import TOLERANCE, design
 from transformers import DebertaV2Config
 
+from peftscape.search.backbone import Backbone
 from peftscape.search.encoding import EncodedSplit
-from peftscape.search.lane import Lane
+from peftscape.search.head import Head
+from peftscape.search.lane import Lane, new_lane
+from peftscape.search.merge import merged_weights
 from peftscape.spaces.sites import site_map
 from peftscape.spaces.words import InputError
 
@@ -44,6 +48,28 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64, "pad_token_id": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
     "position_buckets": 8, "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+
+
+def test_merging_in_bfloat16_keeps_what_is_far_below_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases of 16, as Qwen's keys have them, are 0.125 apart in bfloat16; a change of a weight is a thousandth."""
+    base = Backbone.from_config(CONFIGS["bert"], dtype="bfloat16")
+    own = new_lane(
+        design({"method": "lora", "sites": ["k"], "rank": 2, "alpha": 2.0}), seed=3, steps=1, backbone=base,
+        head=Head(base, kind="class", outputs=2),
+    )  # fmt: skip
+    for value in own.params.values():
+        value.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    for site in own.sites[0]:
+        module = base.model.get_submodule(site.path)
+        assert isinstance(module.bias, torch.Tensor)
+        module.bias.data.fill_(16.0)
+    merged = merged_weights(own, base)
+    for row, site in zip(own.own[0], own.sites[0], strict=True):
+        module = base.model.get_submodule(site.path)
+        assert module.weight.dtype == torch.bfloat16
+        wanted = row["B"].detach().float() @ row["A"].detach().float()
+        found = merged[f"{site.path}.weight"].float() - module.weight.float()
+        assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
 
 
 def test_a_table_of_positions_is_no_lanes_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

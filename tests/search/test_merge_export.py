@@ -56,6 +56,16 @@ def test_a_merged_model_gives_the_adapters_logits_in_transformers(family: str, t
     assert config["id2label"] == {str(i): label for i, label in enumerate(LABELS)}
 
 
+def test_a_merged_decoder_that_had_no_padding_reads_texts_together(tmp_path: Path) -> None:
+    path = base(tmp_path, "gpt2")
+    config = json.loads((path / "config.json").read_text()) | {"pad_token_id": None}
+    (path / "config.json").write_text(json.dumps(config))
+    run = trained(path, *BESIDE)
+    save(run.lane.adapter(), run.card, run.backbone, run.head, tmp_path / "run" / "adapters" / "7")
+    export(tmp_path / "run", tmp_path / "whole")
+    close(logits(tmp_path / "whole"), run.logits())
+
+
 def test_what_does_not_fold_in_and_the_backbones_own_folder_are_refused(tmp_path: Path) -> None:
     path = base(tmp_path, "bert")
     run = trained(path, {"method": "sequential_adapter", "size": 4}, {"method": "lora", "gate": True})

@@ -119,6 +119,7 @@ def test_a_design_says_what_pefts_configuration_said(saved: Saved, tmp_path: Pat
     [
         (peft.MissConfig(r=4, target_modules=["pooler.dense"]), "bert has no such site"),
         (peft.MissConfig(r=4, target_modules=["0.attention.self.query", "1.attention.self.key"]), "which no design"),
+        (peft.LoraConfig(r=4, target_modules=["query"]), "no method of peftscape is what this LORA does"),
         (peft.DeloraConfig(r=4, target_modules=["query"], rank_pattern={"layer.1.*": 2}), "rank_pattern: "),
     ],
 )
@@ -126,6 +127,8 @@ def test_a_tuner_that_no_design_says_is_refused(
     config: peft.PeftConfig, said: str, saved: Saved, tmp_path: Path
 ) -> None:
     written(saved("bert"), config, tmp_path)
+    if isinstance(config, peft.LoraConfig):  # whose loading would change the base weights again
+        _edit(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
     with pytest.raises(InputError, match=said):
         load(tmp_path, model=saved("bert"))
 

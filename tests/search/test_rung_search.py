@@ -18,7 +18,7 @@ from peftscape.search.config_values import value_errors
 from peftscape.search.disk import DiskError
 from peftscape.search.guarded import Guarded
 from peftscape.search.progress import stopped
-from peftscape.search.rung_study import waits
+from peftscape.search.rung_study import FLOOR, waits
 from peftscape.search.session import open_session
 from peftscape.search.storage import Storage
 from peftscape.search.study import run_search
@@ -54,6 +54,13 @@ def config(base: Path, *, budget: dict[str, Any] | None = None, **search: Any) -
 def trained(records: tuple[Record, ...]) -> int:
     """Examples of all records' first seeds."""
     return sum(record.curve[-1][0] for record in records if record.curve)
+
+
+def test_the_head_alone_is_the_floor_of_what_waits(base: Path, tmp_path: Path) -> None:
+    of = tiny(base, search={**SEARCH, "textbook": True}, space="unified", budget={"trials": 30})
+    run_search(of, tmp_path, quiet=True)
+    floors = {t["record"]["label"] for t in trials(tmp_path).values() if t.get(FLOOR)}
+    assert floors == {"head_only"}
 
 
 def check(records: tuple[Record, ...], out: Path) -> None:

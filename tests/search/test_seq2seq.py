@@ -17,6 +17,7 @@ from two_stacks import ANSWERS, make_pair_model
 from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings, TaskConfig
 from peftscape.search.export import export, load
 from peftscape.search.merge import export_merged
+from peftscape.search.seq2seq_encoding import _split
 from peftscape.search.session import open_session
 from peftscape.search.study import run_search
 from peftscape.search.tables import TaskError
@@ -152,3 +153,18 @@ def test_answers_are_ranked_by_what_the_decoder_finds_likely(t5: Path, tmp_path:
     done = train_design(design, config, out=tmp_path / "mine", quiet=True)
     assert done["scores"][0]["test"] == 1.0
     assert load(tmp_path / "mine").predict(["is bob"])[0]["label"] == "blue"
+
+
+def test_a_row_that_ends_in_its_language_gets_no_second_end() -> None:
+    """mBART's first form is `X </s> en_XX`: the decoder starts with what stands last."""
+    end, language = 2, 9
+
+    class Ends:
+        eos_token_id = end
+
+        def __call__(self, texts: Any = None, text_target: Any = None, **_: Any) -> dict[str, list[list[int]]]:
+            ends = [[end, language], [end], []]
+            return {"input_ids": [[5, 6, *ends[i % 3]] for i in range(len(texts or text_target))]}
+
+    found = _split(["a", "b", "c"], ["a", "b", "c"], Ends(), 16, np.zeros(3))
+    assert [ids.tolist() for ids in found.ids] == [[5, 6, end, language], [5, 6, end], [5, 6, end]]

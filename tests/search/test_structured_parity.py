@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft_pair import CONFIGS, DOWN, MODULES, Pair, close, design, grad
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import Gemma3TextConfig, Qwen3Config
 
 from peftscape.spaces.sites import Site
 
@@ -157,7 +157,7 @@ def test_boft_of_one_factor_equals_peft(family: str) -> None:
 
 
 NORMS = {"bert": "LayerNorm", "roberta": "LayerNorm", "gpt2": "ln_1|ln_2|ln_f", "llama": r"\w+layernorm|norm"}
-NORMS["qwen3"] = r"\w+norm|norm"  # those of single heads among them
+NORMS["qwen3"] = NORMS["gemma3"] = r"\w+norm|norm"  # those of single heads among them, in two layouts
 
 
 @pytest.mark.parametrize("family", NORMS)
@@ -166,6 +166,8 @@ def test_ln_tuning_equals_peft(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     """peft trains the gains and biases themselves, ours are their changes."""
     qwen = Qwen3Config(**{k: v for k, v in CONFIGS["llama"].to_dict().items() if k in SHAPE}, head_dim=8)
     monkeypatch.setitem(CONFIGS, "qwen3", qwen)
+    gemma = Gemma3TextConfig(**{k: v for k, v in CONFIGS["llama"].to_dict().items() if k in SHAPE}, head_dim=8)
+    monkeypatch.setitem(CONFIGS, "gemma3", gemma)
     pair = Pair(
         family,
         design(method="ln_tuning"),
@@ -175,7 +177,7 @@ def test_ln_tuning_equals_peft(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     sites, layers = pair.lane.sites[0], pair.modules()
     assert layers.keys() == {site.path for site in sites}
     held = {"gain": "weight", "shift": "bias"}
-    names = {"gain": "weight"} if family in ("llama", "qwen3") else held
+    names = {"gain": "weight"} if family in ("llama", "qwen3", "gemma3") else held
     with torch.no_grad():
         for site in sites:
             for own, there in names.items():

@@ -21,8 +21,10 @@ from peftscape.search import retest as retest_module
 from peftscape.search import study as study_module
 from peftscape.search.cohort import Cohort
 from peftscape.search.config import ModelConfig, SearchConfig, TaskConfig
+from peftscape.search.session import adapter_card, open_session
 from peftscape.search.storage import Storage
 from peftscape.search.study import run_search
+from peftscape.spaces.design import Design
 
 SEEDS = 2
 
@@ -184,6 +186,12 @@ def test_several_seeds_a_trial_are_several_lanes(base: Path, tmp_path: Path) -> 
     for record in study.records:
         assert [s.seed for s in record.scores] == [0, 1, 2]
         assert record.validation == pytest.approx(np.mean([s.validation for s in record.scores]))
+
+
+def test_an_adapters_texts_are_cut_where_the_searchs_were(base: Path) -> None:
+    session = open_session(config(base, model=ModelConfig(source=str(base), dtype="float32", max_length=9999)))
+    card = adapter_card(session, Design.from_json({"placements": []}), 0)
+    assert card.max_length == session.backbone.sites.max_positions < 9999
 
 
 def test_a_seed_that_fails_ends_its_trial(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from exported import tokenizer
 from labelled import NAMES, labels_of, texts, write_jsonl
 from seqeval.metrics import classification_report
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from peftscape.search.conll import read_conll
@@ -153,6 +153,25 @@ def test_byte_level_tokenizers_see_words_behind_blanks():
     for row, found in zip(rows, word_tokens(made, rows, 99), strict=True):
         assert found.ids.tolist() == made(" " + " ".join(row))["input_ids"]
         assert first_tokens(found.words).sum() == len(row)
+
+
+def test_tokenizers_that_write_blanks_see_words_behind_them() -> None:
+    """Gemma's has a normaliser for it and splits nothing, others Metaspace behind the first word alone."""
+    rows = texts(12)
+    lines = [" " + " ".join(row) for row in rows]
+    for kind in ("replace", "first", "always"):
+        inner = Tokenizer(models.BPE())
+        if kind == "replace":
+            inner.normalizer = normalizers.Replace(" ", "\u2581")
+            inner.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        else:
+            inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        inner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+        made = PreTrainedTokenizerFast(tokenizer_object=inner)
+        whole = [" ".join(row) if kind == "always" else line for row, line in zip(rows, lines, strict=True)]
+        for text, row, found in zip(whole, rows, word_tokens(made, rows, 99), strict=True):
+            assert "".join(made.convert_ids_to_tokens(found.ids)) == "".join(made.tokenize(text)), kind
+            assert first_tokens(found.words).sum() == len(row), kind
 
 
 #: Llama 3's: digits come without the blank before them.

@@ -15,6 +15,7 @@ from peftscape.spaces.presets import designs, preset_names, textbook
 from peftscape.spaces.sites import SiteMap, site_map
 from peftscape.spaces.space import Space
 from peftscape.spaces.space_file import read_space
+from peftscape.spaces.words import InputError
 
 BERT = {
     "model_type": "bert", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -323,3 +324,24 @@ def test_a_whole_number_for_a_float_is_the_same_design(alpha: Any) -> None:
     design = space.suggest(study.ask())
     assert Design.from_json(design.json()).digest == design.digest
     assert suggested(space, space.params(design))[0].digest == design.digest
+
+
+def test_only_a_size_of_zero_leaves_a_method_out() -> None:
+    """Zero is a value of other knobs: LoReFT's first tokens, AdaMix's agreement."""
+    sites = site_map({"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4})
+    rows: list[dict[str, Any]] = [{"method": "loreft", "first": 0, "last": 7}, {"method": "adamix", "agreement": 0.0}]
+    for row in rows:
+        space = read_space({"slots": [{"name": "one", "options": [row]}], "training": {"lr": 1e-3}}, sites)
+        design = space.suggest(optuna.trial.FixedTrial({}))
+        assert [p.method.name for p in design.placements] == [row["method"]]
+        assert space.params(design) == {}
+
+
+def test_a_mask_without_a_matrix_is_refused() -> None:
+    sites = site_map({"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4})
+    masked = {"method": "vera", "rank": 4, "mask": {"sparsity": 0.5}}
+    try:
+        errors = Design.from_json({"placements": [masked]}).check(sites)
+    except InputError as error:
+        errors = list(error.errors)
+    assert any("no matrix to mask" in error for error in errors)

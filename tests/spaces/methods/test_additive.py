@@ -13,7 +13,11 @@ from peft_pair import Pair, close, tensor_grad
 from plain import Change, Params, assert_equals_plain, design, on_output
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
+from transformers import Gemma3TextConfig
 
+from peftscape.search.backbone import Backbone
+from peftscape.search.head import Head
+from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -226,3 +230,15 @@ def test_a_tiny_attention_is_its_formula(family: str) -> None:
 
     of = design({"method": "tiny_attention", "size": 3})
     assert_equals_plain(of, family, at_sites(family, "attention", formula))
+
+
+def test_a_prompt_starts_at_what_the_embedding_module_gives() -> None:
+    """Gemma 3's multiplies by sqrt(d)."""
+    shape = {k: v for k, v in CONFIGS["llama"].to_dict().items() if k.endswith(("_size", "_layers", "_heads"))}
+    base = Backbone.from_config(Gemma3TextConfig(**shape, head_dim=8), dtype="float32")
+    on_top = Head(base, kind="mean", outputs=2)
+    own = new_lane(design({"method": "prompt_tuning", "length": 5}), seed=0, steps=1, backbone=base, head=on_top)
+    [prompt] = own.own[0][0].values()
+    with torch.no_grad():
+        words = base.embedding(torch.arange(shape["vocab_size"]))
+    assert all(bool((words == row).all(dim=1).any()) for row in prompt)
