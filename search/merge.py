@@ -48,7 +48,7 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
         raise InputError("merge", errors)
     if backbone.quantised:
         raise InputError("merge", [f"the backbone's weights are held as {backbone.quantised}; export the adapter"])
-    if lane.design.full:
+    if any("model" in placement.sites for placement in lane.design.placements):
         return _all_weights(lane, backbone)
     if shared := [path for path in _by_module(lane) if path in backbone.sites.position_paths]:
         raise InputError("merge", [f"{shared[0]} projects the table of relative positions too, which no lane changes"])

@@ -218,7 +218,7 @@ class Design:
     @property
     def full(self) -> bool:
         """Whether it trains every weight of the backbone."""
-        return any("model" in p.sites for p in self.placements)
+        return any("model" in p.sites and p.method.execution == "solo" for p in self.placements)
 
     @property
     def passes(self) -> int:

@@ -200,3 +200,12 @@ def test_costs_are_whole_numbers() -> None:
         if not of.check(SITES[family]):
             for name, value in vars(price(of, family)).items():
                 assert type(value) is int, name
+
+
+def test_the_head_alone_costs_the_same_in_both_ways_to_say_it() -> None:
+    said, empty = (Design.from_json({"placements": rows}) for rows in ([{"method": "head_only"}], []))
+    for config in ({"model_type": "bert"}, {"model_type": "llama"}, {"model_type": "t5"}):
+        sites = site_map(config)
+        of: dict[str, Any] = {"outputs": 6, "tokens": 12, "batch": 8, "dtype": "float32", "head": "mean"}
+        of["target"] = 5 if sites.decoder_layers else None
+        assert costs(said, sites, **of) == costs(empty, sites, **of)
