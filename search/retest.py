@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from peftscape.analysis.belief import believe
 from peftscape.analysis.noise import candidates
 from peftscape.search.progress import show
-from peftscape.search.retest_order import Job, first_retests, next_retest
+from peftscape.search.retest_order import FIRST_SEEDS, Job, first_retests, next_retest
 from peftscape.spaces.design import Design
 from peftscape.spaces.outcomes import pack
 from peftscape.spaces.record import Failure, Record, Score
@@ -42,20 +43,18 @@ class _Retest:
 
 
 class _Plan:
-    """Who is retested next: three seeds each of what the time allows, then where a place on the front is open.
+    """Who is retested next: three seeds each of what the time allows, then where a place on the front is open."""
 
-    Args:
-        fit: how many retests the time allows.
-    """
-
-    def __init__(self, session: Session, storage: Storage, fit: float) -> None:
+    def __init__(self, session: Session, storage: Storage, budget: Budget) -> None:
         self.settings, self.storage = session.config.search, storage
+        self.fit = partial(budget.retests_that_fit, session.steps)
         self.complete = [r for r in storage.records if r.state == "complete"]
         found = candidates(self.complete, storage.objectives) if self.complete else ()
         self.designs = {r.number: Design.from_json(dict(r.design)) for r in found}
         self.begun: set[Job] = storage.retested(TRIES)
-        self.jobs = first_retests(list(self.designs), self._seeds(self.settings.retest_seeds), self.begun, fit)
-        self.chosen = [number for number in self.designs if self._taken(number) or number in dict(self.jobs)]
+        self.jobs: list[Job] = []
+        self.chosen = [number for number in self.designs if self._taken(number)]
+        self._choose([*self.designs], self.fit())
         self.total = self.missing + self.settings.further_seeds
         self._doubt: dict[int, float] = {}
 
@@ -70,8 +69,17 @@ class _Plan:
         """How many of the seeds that each candidate is to have were not begun."""
         return sum(max(0, self.settings.retest_seeds - self._taken(number)) for number in self.designs)
 
-    def next(self) -> Job | None:
-        """The next retest; the same until it is begun."""
+    def _choose(self, numbers: list[int], fit: float) -> None:
+        """Take in as many designs as have the time for three seeds."""
+        self.jobs = first_retests(numbers, self._seeds(self.settings.retest_seeds), self.begun, fit)
+        self.chosen += [number for number in dict(self.jobs) if number not in self.chosen]
+
+    def next(self, running: int) -> Job | None:
+        """The next retest, beside so many; the same until it is begun."""
+        others = [number for number in self.designs if number not in self.chosen]
+        # There may be more time than was thought: an interval for one more design says more than a narrower one.
+        if not self.jobs and others and (fit := self.fit() - running) >= FIRST_SEEDS:
+            self._choose(others, fit)
         if self.jobs:
             return self.jobs[0]
         taken = {number: self._taken(number) for number in self.chosen}
@@ -109,7 +117,7 @@ def _doubt(complete: list[Record], storage: Storage, numbers: list[int]) -> dict
 def retest(session: Session, storage: Storage, budget: Budget, progress: SearchProgress) -> None:
     """Train and score the further seeds of all candidates that the time allows, the most important designs first."""
     lanes = session.config.search.lanes
-    plan = _Plan(session, storage, budget.retests_that_fit(session.steps))
+    plan = _Plan(session, storage, budget)
     cohort = session.cohort()
     running: list[_Retest] = []
     done = 0
@@ -117,7 +125,7 @@ def retest(session: Session, storage: Storage, budget: Budget, progress: SearchP
         while True:
             waiting = [r.lane.steps - r.lane.step for r in running]
             while len(running) < lanes and budget.may_train(sum(waiting), len(waiting), session.steps):
-                if (job := plan.next()) is None:
+                if (job := plan.next(len(running))) is None:
                     break
                 number, seed = job
                 design = plan.designs[number]

@@ -213,6 +213,29 @@ def test_a_seed_that_fails_ends_its_trial(base: Path, tmp_path: Path, monkeypatc
     assert [steps["0", seed] for seed in range(3)] == [3, 3, 3]
 
 
+def test_time_that_is_left_after_all_goes_to_intervals_of_more_designs(base: Path, tmp_path: Path) -> None:
+    of = config(base, search={"retest_seeds": 0}, budget={"trials": 8})
+    run_search(of, tmp_path, quiet=True)
+    storage = Storage(tmp_path, of)
+    storage.refresh()
+    seconds: list[float] = [4.0]  # no more than for one design's three
+    budget: Any = SimpleNamespace(retests_that_fit=lambda steps: seconds[-1])
+    settings = replace(of.search, retest_seeds=5)
+    session: Any = SimpleNamespace(config=SimpleNamespace(search=settings), steps=8)
+    plan = retest_module._Plan(session, storage, budget)
+    first, second = list(plan.designs)[:2]
+    given: list[tuple[int, int]] = []
+    for left, running in [*[(4.0, 0)] * 3, (2.0, 0), (3.0, 1), *[(4.0, 1)] * 3]:
+        seconds.append(left)
+        job = plan.next(running)
+        assert job is not None
+        plan.begin(job)
+        given.append(job)
+    assert given[:5] == [(first, 1000 + i) for i in range(5)], "no time for three of another"
+    assert given[5:] == [(second, 1000 + i) for i in range(3)], "until there is"
+    storage.close()
+
+
 def test_further_seeds_go_to_open_places_on_the_front(base: Path, tmp_path: Path) -> None:
     of = config(base, search={"retest_seeds": 3, "further_seeds": 4, "lanes": 2}, budget={"trials": 6})
     study = run_search(of, tmp_path, quiet=True)
