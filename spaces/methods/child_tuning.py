@@ -49,6 +49,8 @@ def _child(delta: torch.Tensor, p: float, source: torch.Generator) -> torch.Tens
     """The same values, with a gradient of 1/p where a Bernoulli(p) draw is one and of 0 elsewhere."""
     import torch
 
-    lives = (torch.rand(delta.shape, generator=source) < p).to(delta) / p
-    kept = delta.detach()
-    return kept + lives * (delta - kept)
+    lives = torch.rand(delta.shape, generator=source) < p  # drawn here: backward passes have no promised order
+    child = delta.view_as(delta)
+    if child.requires_grad:
+        child.register_hook(lambda grad: lives.to(grad).mul_(grad).div_(p))  # type: ignore[no-untyped-call]
+    return child

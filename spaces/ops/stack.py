@@ -11,6 +11,8 @@ from torch import Tensor
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """lanes x largest sizes, zeros where a tensor is smaller; gradients go back in each one's own dtype."""
+    if len(tensors) == 1:
+        return tensors[0].to(dtype).unsqueeze(0)
     stacked: Tensor = _Stack.apply(dtype, *tensors)  # type: ignore[no-untyped-call]
     return stacked
 
@@ -20,7 +22,8 @@ class _Stack(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         ctx.shapes = [(t.shape, t.dtype) for t in tensors]
         largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        out = torch.zeros(len(tensors), *largest, dtype=dtype, device=tensors[0].device)
+        equal = all(list(t.shape) == largest for t in tensors)
+        out = (torch.empty if equal else torch.zeros)(len(tensors), *largest, dtype=dtype, device=tensors[0].device)
         for i, t in enumerate(tensors):
             _corner(out[i], t.shape).copy_(t)
         return out
