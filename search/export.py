@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from peftscape.search.head import Head, auto_class, make_head
 from peftscape.search.peft_folder import InexpressibleError
 from peftscape.search.peft_format import peft_form
 from peftscape.search.peft_import import CONFIG, read_config, read_peft
+from peftscape.search.unshared import unshared
 from peftscape.spaces.words import InputError
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ def export(
     """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads, or else in our own format.
 
     peft's folder holds what a method says of itself (`Method.in_peft`): most changes of linears and norms, a prefix on
-    all layers, or a prompt where the classifier pools the last token, with the transformers class's own head; a lone
-    `peft:NAME` is written by peft. Its logits equal ours. `load` reads both.
+    all layers, or a prompt where the classifier pools the last token, with the transformers class's own head; tensors
+    that sites share are written out for each of them, and read as such; a lone `peft:NAME` is written by peft. Its
+    logits equal ours. `load` reads both.
 
     Args:
         tensors: those of a lane (`Lane.adapter()`), head included; masked LoRA is written with its zeros.
@@ -59,17 +62,19 @@ def export(
     Raises:
         InputError: the tensors are not those of the design, or hold values that are not finite.
     """
+    check(tensors, declared(card.design, backbone, head)[0], str(directory))
     try:
-        form = peft_form(card, backbone, head)
-        check(tensors, declared(card.design, backbone, head)[0], str(directory))
-        stored = form.to_peft(tensors)
+        plain, own = unshared(card.design, tensors, backbone.sites)
+        theirs = dataclasses.replace(card, design=plain)
+        form = peft_form(theirs, backbone, head)
+        stored = form.to_peft(own)
     except InexpressibleError as why:
         return Exported(save(tensors, card, backbone, head, directory), "peftscape", str(why))
     texts = {
         "adapter_config.json": json.dumps(form.config, indent=2) + "\n",
-        "README.md": _readme(card, backbone, form.note),
+        "README.md": _readme(theirs, backbone, form.note),
     }
-    folder = write(directory, "peft", stored, card, backbone, texts)
+    folder = write(directory, "peft", stored, theirs, backbone, texts)
     return Exported(folder, "peft", form.note)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftscape.search.adapter_folder import Card
 from peftscape.search.peft_folder import Change, InexpressibleError, PeftFolder
+from peftscape.search.peft_own import apart, with_own
 from peftscape.search.peft_place import place
 from peftscape.search.peft_tuner import TunerFolder
 from peftscape.search.peft_virtual import refusal
@@ -42,14 +43,15 @@ def peft_form(card: Card, backbone: Backbone, head: Head) -> PeftFolder | TunerF
     if len(card.design.placements) == 1 and isinstance(lone := card.design.placements[0].method, HFPeft):
         where = card.design.placements[0].where(backbone.sites)
         return TunerFolder(lone, where, backbone, head, int(card.task.get("seed", 0)))
-    changes = list(changes_of(card.design, backbone))
-    if not changes:
+    found = list(changes_of(card.design, backbone))
+    if not found:
         raise InexpressibleError("HF peft has no adapter that trains a head alone")
-    if len({c.form.kind for c in changes}) > 1:
+    if len({c.form.kind for c in found}) > 1:
         raise InexpressibleError(f"HF peft cannot combine {' and '.join(names)} in one adapter")
+    changes, own = apart(found)
     if changes[0].form.virtual and (why := refusal(card, backbone, [c.site for c in changes], changes[0].form.kind)):
         raise InexpressibleError(why)
-    return place(changes, backbone, head)
+    return with_own(place(changes, backbone, head), own, backbone, head)
 
 
 def changes_of(design: Design, backbone: Backbone) -> Iterator[Change]:
@@ -66,7 +68,8 @@ def changes_of(design: Design, backbone: Backbone) -> Iterator[Change]:
                 reasons[form] = None
                 continue
             keys = {name: f"{i}/{tensor_key(site, name, t)}" for name, t in declared.items() if t.stored}
-            yield Change(site, form, keys, _frozen(site, backbone) if placement.method.needs_weight else {})
+            seen = placement.method.needs_weight or form.own
+            yield Change(site, form, keys, _frozen(site, backbone) if seen else {})
     if len(names := {p.method.name for p in design.placements}) > 1 and reasons:
         raise InexpressibleError(f"HF peft cannot combine {' and '.join(sorted(names))} in one adapter")
     if reasons:

@@ -25,7 +25,7 @@ class PeftForm:
             of these), `rank` (changes of one module lie one after the other) or `beside` (those of all sites do).
         names: ours, and what they are called there.
         write, read: where that is not all: its tensors from ours at the site, and back; both are given the frozen
-            `weight` and `bias` too where the method reads them.
+            `weight` and `bias` too where the method reads them, or `own` is set.
         config: entries of `adapter_config.json`; those that differ between modules become patterns where peft has such.
         rank, beside: the length of these dimensions.
         scale, scaled: of changes that add up: what peft's alpha / r must be, and the tensor that takes a factor where
@@ -35,6 +35,7 @@ class PeftForm:
         common: of `axes`, the full names of those that all modules share.
         splits: whether a part of a fused linear can have it.
         virtual: whether it is made of virtual tokens, which peft keeps beside the model.
+        own: the parameter of the module that its one tensor is; peft keeps such only beside an adapter of this kind.
         note: what it is and what to know about it, where the kind and the number of modules do not say so.
         pooled: what else to know about it behind a classifier.
     """
@@ -55,8 +56,14 @@ class PeftForm:
     common: tuple[str, ...] = ()
     splits: bool = False
     virtual: bool = False
+    own: str = ""
     note: str = ""
     pooled: str = ""
+
+    @property
+    def adds(self) -> bool:
+        """Whether its change is a sum of products of matrices, whatever else the module does."""
+        return all("rank" in axes or name in self.common for name, axes in self.axes.items())
 
     def shape(self, name: str, widths: Mapping[str, int]) -> tuple[int, ...]:
         """Of one of its tensors, with these lengths of named dimensions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.peft_form import PeftForm
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -30,3 +31,14 @@ class BitFit(Method):
 
     def flops(self, site: Site, tokens: int) -> int:
         return 0  # the bias is there already; its change folds into it
+
+    def in_peft(self, site: Site) -> PeftForm:
+        return PeftForm(
+            kind="LORA",
+            axes={"changed": ("out",)},
+            write=lambda own: {"changed": own["bias"] + own["b"]},
+            read=lambda found: {"b": found["changed"] - found["bias"]},
+            config={"bias": "all"},
+            own="bias",
+            note="the biases",
+        )

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from peftscape.spaces.knobs import knob, ladder, log_uniform
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
+from peftscape.spaces.methods.lokr import factors
 from peftscape.spaces.ops.kronecker import kronecker, kronecker_flops, kronecker_saved
+from peftscape.spaces.peft_form import PeftForm, plain_linear
 
 if TYPE_CHECKING:
     from peftscape.spaces.methods.base import Array
@@ -39,6 +41,18 @@ class KronA(Method):
 
     def apply(self, p: Lanes, x: Array, y: Array) -> Array:
         return y + p.scale * kronecker(x, p.A, p.B)
+
+    def in_peft(self, site: Site) -> PeftForm | str:
+        (a1, a2), b = self.shapes(site)
+        if any(factors(width, self.size)[0] != a for width, a in ((site.d_out, a1), (site.d_in, a2))):
+            return f"HF peft's LoKr does not divide {site.path} as KronA of size {self.size} does"
+        rank = (max(b) + 1) // 2  # from which on LoKr keeps its second factor whole
+        return plain_linear(site, "LoKr") or PeftForm(
+            kind="LOKR",
+            axes={"lokr_w1": (a1, a2), "lokr_w2": b},
+            names={"A": "lokr_w1", "B": "lokr_w2"},
+            config={"r": rank, "alpha": self.scale * rank, "decompose_both": False, "decompose_factor": self.size},
+        )
 
     def flops(self, site: Site, tokens: int) -> int:
         return kronecker_flops(tokens, *self.shapes(site))

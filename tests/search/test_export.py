@@ -56,18 +56,25 @@ EXPRESSIBLE: dict[str, list[dict[str, Any]]] = {
     "loha": [{"method": "loha", "rank": 4, "sites": ["q", "v"]}, {"method": "loha", "rank": 2, "sites": ["up"]}],
     "lokr": [{"method": "lokr", "rank": 2, "sites": ["q", "up"]}],
     "lokr both": [{"method": "lokr", "rank": 1, "decompose": "both", "alpha": 3.0}],
+    "krona": [{"method": "krona", "size": 4, "scale": 2.5, "sites": ["q", "up"]}],
     "oft": [{"method": "oft", "block": 8, "sites": ["q", "down"]}],
     "oft cayley": [{"method": "oft", "block": 4, "rotation": "cayley"}],
     "boft": [{"method": "boft", "block": 4, "factors": 1}],
     "ln tuning": [{"method": "ln_tuning"}],
     "ln tuning after attention": [{"method": "ln_tuning", "after": "attention"}],
     "prefix mlp": [{"method": "prefix_tuning_mlp", "length": 4, "hidden": 16}],
+    "one lora for all layers": [{**LORA, "sites": ["q", "up"], "share": {"kept": 1.0}}],
+    "propetl of lora": [{**LORA, "sites": ["q", "v"], "share": {"kept": 0.6}}],
+    "propetl of prefixes": [{"method": "prefix_tuning", "length": 4, "share": {"kept": 0.5}}],
+    "lora and bitfit": [{**LORA, "sites": ["q", "up"], "layers": [0, 1]}, {"method": "bitfit", "layers": [1, 2]}],
+    "bitfit before lora": [{"method": "bitfit"}, {**LORA, "sites": ["q", "v"]}],
+    "bitfit after dora": [{**LORA, "method": "dora", "sites": ["q", "v"]}, {"method": "bitfit"}],
     "two of the family": [{**LORA, "method": "pissa"}, {"method": "lora", "rank": 2, "sites": ["q", "v"]}],
 }
 
 
 #: peft's tuners of these know no Conv1D.
-NOT_GPT2 = ("loha", "lokr", "lokr both", "oft", "oft cayley", "boft")
+NOT_GPT2 = ("krona", "loha", "lokr", "lokr both", "oft", "oft cayley", "boft")
 
 
 @pytest.mark.parametrize(
@@ -155,11 +162,14 @@ def test_the_readme_says_how_to_load_it(family: str, saved: Saved, tmp_path: Pat
 
 INEXPRESSIBLE: dict[str, tuple[list[dict[str, Any]], str]] = {
     "adapter": ([{"method": "sequential_adapter", "size": 4}], "has no sequential_adapter"),
-    "combination": ([LORA, {"method": "bitfit"}], "cannot combine bitfit and lora"),
+    "combination": ([{"method": "ia3"}, {"method": "bitfit"}], "cannot combine bitfit and ia3"),
+    "biases alone": ([{"method": "bitfit"}], "trains the biases beside LORA alone"),
+    "biases before": ([{"method": "bitfit"}, {**LORA, "method": "dora"}], "comes last"),
     "head": ([], "trains a head alone"),
     "some layers": ([{"method": "prefix_tuning", "length": 2, "layers": [0, 2]}], "on all layers"),
     "kept positions": ([{"method": "prefix_tuning", "length": 2, "positions": "keep"}], "shifts"),
     "prompt": ([{"method": "prompt_tuning", "length": 2}], "pools a virtual token"),
+    "krona of other sides": ([{"method": "krona", "size": 20, "sites": ["up"]}], "does not divide"),
     "twice": ([{"method": "ia3"}, {"method": "ia3", "sites": ["k"]}], "changed twice"),
     "full": ([{"method": "full_finetuning"}], "has no full_finetuning"),
     "everything": (
