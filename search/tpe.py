@@ -1,8 +1,8 @@
-"""Optuna's TPE, reading a study's trials once for each that it suggests, not once for each group of its knobs.
+"""Optuna's TPE, which looks at a study once for each trial that it suggests, not once for each group of its knobs.
 
-`constant_liar` makes TPE read all trials anew for every group: of the preset `unified` that is two dozen times a trial,
-and half of the time that asking takes on a database. Whoever asks here holds the study's lock, so nothing changes
-in between.
+With groups and `constant_liar` TPE reads all trials, ranks them and divides them into good and bad anew for every
+group: of the preset `unified` that is two dozen times a trial, and most of the time that asking takes. Whoever asks
+here holds the study's lock, so nothing changes in between.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Container
 from typing import Any, cast
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_gamma_multiobjective
 from optuna.trial import FrozenTrial, TrialState
 
 
@@ -33,12 +35,51 @@ class ReadOnce:
         return [trial for trial in self._trials if states is None or trial.state in states]
 
 
+class OfEachKind(ReadOnce):
+    """A study with the first trial of each set of knobs: all that finding groups takes."""
+
+    def _get_trials(self, *args: Any, **more: Any) -> list[FrozenTrial]:
+        found: dict[frozenset[str], FrozenTrial] = {}
+        for trial in super()._get_trials(*args, **more):
+            found.setdefault(frozenset(trial.distributions), trial)
+        return list(found.values())
+
+
 class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
-    """Suggests what `optuna.samplers.TPESampler` suggests."""
+    """Suggests what `optuna.samplers.TPESampler` suggests; made anew for each trial, like all samplers here."""
+
+    #: The good and the bad trials, once they are known.
+    _halves: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See the parent class."""
+        found: dict[str, BaseDistribution] = super().infer_relative_search_space(
+            cast(optuna.Study, OfEachKind(study)), trial
+        )
+        return found
 
     def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, optuna.distributions.BaseDistribution]
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See the parent class."""
         found: dict[str, Any] = super().sample_relative(cast(optuna.Study, ReadOnce(study)), trial, search_space)
+        return found
+
+    def _sample(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Of candidates near good trials the one that is likelier there than near bad ones by the most."""
+        good, bad = self._halves = self._halves or self._divided(study, trial)
+        near_good = self._build_parzen_estimator(study, search_space, good, handle_below=True)
+        near_bad = self._build_parzen_estimator(study, search_space, bad, handle_below=False)
+        candidates = near_good.sample(self._rng.rng, self._n_ei_candidates)
+        best = self._compare(candidates, self._compute_acquisition_func(candidates, near_good, near_bad))
+        return {name: knob.to_external_repr(best[name]) for name, knob in search_space.items()}
+
+    def _divided(self, study: optuna.Study, trial: FrozenTrial) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        others = [t for t in study._get_trials(deepcopy=False, states=states) if t.number != trial.number]
+        ended = sum(t.state != TrialState.RUNNING for t in others)
+        count = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
+        found: tuple[list[FrozenTrial], list[FrozenTrial]] = _split_trials(study, others, count(ended))
         return found
