@@ -81,6 +81,5 @@ def _gate(alpha: Any, source: torch.Generator | None) -> Any:
 
     location = alpha + START
     if source is not None:
-        u = torch.rand(alpha.shape, generator=source).clamp(1e-6, 1 - 1e-6).to(alpha)
-        location = location + torch.log(u) - torch.log1p(-u)
+        location = location + torch.logit(torch.rand(alpha.shape, generator=source), eps=1e-6).to(alpha)
     return (torch.sigmoid(location) * (HIGH - LOW) + LOW).clamp(0, 1)
