@@ -20,6 +20,7 @@ from peftscape.search.head import Head, make_head
 from peftscape.search.language import Language
 from peftscape.search.peft_folder import InexpressibleError, PeftFolder
 from peftscape.search.peft_format import changes_of, peft_form
+from peftscape.search.peft_own import apart, with_own
 from peftscape.search.peft_place import PATTERNS, place
 from peftscape.search.peft_tuner import TunerFolder, tuner_row, tuner_sites
 from peftscape.search.peft_virtual import refusal
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from peftscape.spaces.sites import Site
 
 CONFIG = "adapter_config.json"
+#: With `bias = "all"` peft writes the biases of a head's wrapper too, beside the head.
+COPIES = (".modules_to_save.", ".original_module.")
 #: Tokens of a text where neither the folder nor the backbone says how many.
 LONGEST = 512
 
@@ -68,6 +71,7 @@ def read_peft(directory: str | Path, config: Mapping[str, Any], backbone: Backbo
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(str(path), [f"it cannot be read: {error}"]) from None
+    stored = {name: value for name, value in stored.items() if not any(copy in name for copy in COPIES)}
     speaks, words = config["task_type"] in ("CAUSAL_LM", "SEQ_2_SEQ_LM"), config["task_type"] == "TOKEN_CLS"
     if speaks and bool(backbone.sites.decoder_layers) != (config["task_type"] == "SEQ_2_SEQ_LM"):
         raise InputError(str(directory), [f"task_type {config['task_type']} is none of a {backbone.sites.family}"])
@@ -90,12 +94,13 @@ def _folder(card: Card, backbone: Backbone, head: Head, where: str) -> PeftFolde
     try:
         if any(isinstance(p.method, HFPeft) for p in card.design.placements):
             return peft_form(card, backbone, head)
-        changes = sorted(changes_of(card.design, backbone), key=lambda c: order[c.site])
+        found, own = apart(list(changes_of(card.design, backbone)))
+        changes = sorted(found, key=lambda c: order[c.site])
         form = changes[0].form
         # Virtual tokens that would give other logits here than there are refused as they are in export.
         if form.virtual and (why := refusal(card, backbone, [c.site for c in changes], form.kind)):
             raise InexpressibleError(why)
-        return place(changes, backbone, head, stacked=False)
+        return with_own(place(changes, backbone, head, stacked=False), own, backbone, head)
     except InexpressibleError as error:
         raise InputError(where, [str(error)]) from None
 
@@ -193,7 +198,7 @@ def settings_of(config: Mapping[str, Any], module: str) -> dict[str, Any]:
 
 
 def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Backbone, where: str) -> list[Site]:
-    """The sites that the file's modules are."""
+    """The sites that the file's modules are; last those whose biases it holds, which peft adds to all else."""
     sites = backbone.sites
     if "num_virtual_tokens" in config:
         kind = "input" if config["peft_type"] == "PROMPT_TUNING" else "kv"
@@ -204,12 +209,16 @@ def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Ba
     for site in sites.sites:
         if site.path and site.kind in kinds - {"kv", "bias", "attention", "ffn", "block"}:
             adapted.setdefault(site.path, []).append(site)
+    biases = {f"{s.path}{within}.bias": s for s in sites.sites if s.kind == "bias" for within in ("", ".base_layer")}
     found: dict[str, None] = {}
-    unknown = []
+    unknown, own = [], []
     for name in stored:
         if not name.startswith(start):
             continue  # the head, or what all modules share
         inner = name.removeprefix(start)
+        if inner in biases:
+            own.append(biases[inner])
+            continue
         path = next((path for path in sorted(adapted, key=len, reverse=True) if inner.startswith(f"{path}.")), None)
         if path is None:
             unknown.append(f"{name}: {sites.family} has no such site{nearest(inner, adapted)}")
@@ -217,7 +226,7 @@ def _sites(config: Mapping[str, Any], stored: Mapping[str, Tensor], backbone: Ba
             found[path] = None
     if unknown or not found:
         raise InputError(where, unknown[:5] or ["the file adapts no module of this backbone"])
-    return [site for path in found for site in adapted[path]]
+    return [*(site for path in found for site in adapted[path]), *own]
 
 
 def _longest(directory: str | Path, backbone: Backbone) -> int:

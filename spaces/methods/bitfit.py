@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from peftscape.spaces.methods.base import Lanes, Method, Tensor, Tensors
 from peftscape.spaces.peft_form import PeftForm
@@ -42,3 +43,7 @@ class BitFit(Method):
             own="bias",
             note="the biases",
         )
+
+    @classmethod
+    def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
+        return {} if settings["peft_type"] == "LORA" and settings.get("bias") == "all" else None

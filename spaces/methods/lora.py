@@ -84,7 +84,8 @@ class LoRA(Method):
     def from_peft(cls, settings: Mapping[str, Any], site: Site) -> dict[str, Any] | None:
         if cls is not LoRA or settings["peft_type"] != "LORA" or any(settings.get(entry) for entry in BEYOND):
             return None
-        if settings.get("bias", "none") != "none" or settings.get("init_lora_weights", True) not in SAME_MAP:
+        # The biases of `bias = "all"` are BitFit's.
+        if settings.get("bias") not in (None, "none", "all") or settings.get("init_lora_weights") not in SAME_MAP:
             return None
         scaling = "rslora" if settings.get("use_rslora") else "standard"
         return {"rank": settings["r"], "alpha": float(settings["lora_alpha"]), "scaling": scaling}
@@ -96,7 +97,7 @@ BEYOND = (
     "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "megatron_config", "velora_config",
 )  # fmt: skip
 #: Starts after which the base weights are what they were (PiSSA's, OLoRA's, LoftQ's and others are not).
-SAME_MAP = (True, False, "gaussian", "eva", "orthogonal")
+SAME_MAP = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def lora_in_peft(

@@ -51,6 +51,13 @@ FOLDERS: dict[str, tuple[str, peft.PeftConfig, set[str]]] = {
     "dora of a fused linear": (
         "gpt2", peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True), {"dora"},
     ),
+    "lora with biases": ("roberta", peft.LoraConfig(r=4, target_modules=BERT, bias="all"), {"lora", "bitfit"}),
+    "lora of a fused linear with biases": (
+        "gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"), {"lora", "bitfit"},
+    ),
+    "dora with biases": (
+        "roberta", peft.LoraConfig(r=4, target_modules=BERT, use_dora=True, bias="all"), {"dora", "bitfit"},
+    ),
     "adalora": ("bert", peft.AdaLoraConfig(init_r=6, target_r=3, total_step=9, target_modules=BERT), {"adalora"}),
     "ia3": (
         "llama",
@@ -119,6 +126,7 @@ def test_a_design_says_what_pefts_configuration_said(saved: Saved, tmp_path: Pat
     [
         (peft.MissConfig(r=4, target_modules=["pooler.dense"]), "bert has no such site"),
         (peft.MissConfig(r=4, target_modules=["0.attention.self.query", "1.attention.self.key"]), "which no design"),
+        (peft.LoraConfig(r=4, target_modules=["query"], bias="all"), "pooler.dense.bias: bert has no such site"),
         (peft.LoraConfig(r=4, target_modules=["query"]), "no method of peftscape is what this LORA does"),
         (peft.DeloraConfig(r=4, target_modules=["query"], rank_pattern={"layer.1.*": 2}), "rank_pattern: "),
     ],
@@ -127,7 +135,8 @@ def test_a_tuner_that_no_design_says_is_refused(
     config: peft.PeftConfig, said: str, saved: Saved, tmp_path: Path
 ) -> None:
     written(saved("bert"), config, tmp_path)
-    if isinstance(config, peft.LoraConfig):  # whose loading would change the base weights again
+    if isinstance(config, peft.LoraConfig) and config.bias == "none":
+        # Loading would change the base weights again.
         _edit(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
     with pytest.raises(InputError, match=said):
         load(tmp_path, model=saved("bert"))
