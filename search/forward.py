@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftscape.search.attention import Prefix
+from peftscape.search.folded import foldable, folded
 from peftscape.search.groups import Group, Stage, stages
 from peftscape.search.last_layer import after_attention
 from peftscape.search.rerun import Around, drawn, rerun
@@ -35,6 +36,7 @@ class Forward:
         self.backbone, self.checkpointing = backbone, checkpointing
         self.lanes = 0
         self._stages: list[Stage] = []
+        self._folded: list[Stage] = []  # of them those that need no hook
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
         self._entered: dict[int, Tensor] = {}  # states by the number of layers that they have passed
@@ -181,11 +183,17 @@ class Forward:
         return group.method.ladder(group.values(read[0].dtype, batch), read, self.backbone.sites.causal)
 
     def with_own_weights(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run with the changed weights of a lane that trains them all, the pooler that its head reads among them."""
+        """Run with the changed weights of a lane that trains them all, the pooler that its head reads among them.
+
+        Or with those of a lane whose changes of some weights fold into them.
+        """
         whole = self._groups("model")
-        if not whole:
+        if whole:
+            changed = changed_weights(self.backbone.model, whole[0].members[0]["delta"].to(self.backbone.dtype))
+        elif self._folded:
+            changed = folded(self.backbone.model, [group for stage in self._folded for group in stage.groups])
+        else:
             return run()
-        changed = changed_weights(self.backbone.model, whole[0].members[0]["delta"].to(self.backbone.dtype))
         self._weights = weights = {f"model.{name}": weight for name, weight in changed.items()}
         try:
             out: Tensor = torch.func.functional_call(Around(self.backbone.model), weights, (run,))
@@ -231,13 +239,18 @@ class Forward:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def arrange(self, lanes: list[Lane]) -> None:
-        """Take the changes of these lanes, in their order, instead of those before; hooks go where they adapt."""
+    def arrange(self, lanes: list[Lane], *, fold: bool = True) -> None:
+        """Take the changes of these lanes, in their order, instead of those before; hooks go where they adapt.
+
+        Args:
+            fold: whether changes that go into the weights do so, within `with_own_weights`, and have no hook.
+        """
         self.lanes = len(lanes)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._stages = stages(lanes, self.backbone)
+        self._folded = foldable(lanes, self._stages, self.backbone) if fold else []
         self._model = next((lane.model for lane in lanes if lane.model is not None), self.backbone.model)
         inputs: dict[str, list[Stage]] = {}
         outputs: dict[str, list[Stage]] = {}
@@ -245,7 +258,7 @@ class Forward:
         for stage in self._stages:
             if stage.site.kind == "kv" and any(group.placement.gate for group in stage.groups):
                 read[stage.site.path] = None
-            if stage.site.kind in ("kv", *EVERYWHERE):
+            if stage.site.kind in ("kv", *EVERYWHERE) or self._folded:
                 continue
             side = stage.groups[0].method.side(stage.site)
             if side != "output":

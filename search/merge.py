@@ -57,7 +57,7 @@ def merged_weights(lane: Lane, backbone: Backbone) -> dict[str, Tensor]:
     refused: list[str] = []
     norms = {site.path for site in backbone.sites.sites if site.kind == "norm"}
     forward = Forward(backbone)
-    forward.arrange([lane])
+    forward.arrange([lane], fold=False)
     try:
         for path, sites in _by_module(lane).items():
             module: Any = backbone.model.get_submodule(path)
