@@ -49,7 +49,7 @@ STEP = 10 ** (1 / 3)
 RATES = [round(3e-4 * STEP**i, 7) for i in range(7)]  # 3e-4 to 3e-2: few steps want large rates
 MOST_RATES = 13
 SEEDS = range(100, 105)
-#: Lanes at once; those with weights of their own have nothing to share, and one fits into a processor's caches.
+#: Lanes at once; those with weights of their own have little to share, and alone their changes fold into the weights.
 LANES = {"packed": 8, "rewritten": 1, "solo": 1}
 #: What is a knob, a variant or other places of a method; and presets for twelve wide layers on these six narrow ones.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
