@@ -29,6 +29,7 @@ def one_lane(of: Design, config: Any, batch: int, tokens: int) -> tuple[Cohort, 
     lane = new_lane(of, seed=0, steps=4, backbone=backbone, head=head)
     prepare(lane, shared)
     shared.admit(lane)
+    shared.forward.arrange(shared.lanes, fold=False)  # what it adds beside others is what costs tell
     return shared, lambda: shared.losses([np.arange(batch)]).sum()
 
 

@@ -261,7 +261,7 @@ def test_methods_are_listed_with_knobs_and_whether_they_merge_and_export():
     assert set(presets) == set(textbook())
     said = {name: (row["merges"], row["hf_peft"]) for name, row in presets.items()}
     assert (said["lora"], said["prefix"], said["bitfit"]) == ((True, True), (False, True), (True, False))
-    assert (said["kernel_mix"], said["propetl_lora"]) == ((True, True), (True, False))
+    assert (said["kernel_mix"], said["propetl_lora"]) == ((True, True), (True, True))
     assert (said["unipelt"], said["mam"], said["head_only"]) == ((False, False), (False, False), (True, False))
     output = run("methods").output
     rows = [row for group in found.values() for row in group]

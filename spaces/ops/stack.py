@@ -11,8 +11,6 @@ from torch import Tensor
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """lanes x largest sizes, zeros where a tensor is smaller; gradients go back in each one's own dtype."""
-    if len(tensors) == 1:
-        return tensors[0].to(dtype).unsqueeze(0)
     stacked: Tensor = _Stack.apply(dtype, *tensors)  # type: ignore[no-untyped-call]
     return stacked
 

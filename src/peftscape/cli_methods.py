@@ -12,6 +12,7 @@ from peftscape.cli_common import Json, plain_table, print_json, show
 if TYPE_CHECKING:
     from peftscape.spaces.design import Design, Placement
     from peftscape.spaces.methods.base import Method
+    from peftscape.spaces.peft_form import PeftForm
     from peftscape.spaces.presets import Published
     from peftscape.spaces.sites import SiteMap
 
@@ -103,14 +104,15 @@ def _preset(name: str, row: Published, sites: SiteMap) -> dict[str, Any]:
 
 def _in_peft(design: Design, sites: SiteMap) -> bool:
     """Whether HF peft can say it: every placement, and all in an adapter of one kind."""
-    kinds = {kind for p in design.placements for kind in _peft_kinds(p, sites)}
-    return len(kinds) == 1 and None not in kinds
+    forms = [form for p in design.placements for form in _peft_forms(p, sites)]
+    kinds = {form.kind if form else None for form in forms}
+    return len(kinds) == 1 and None not in kinds and not all(form and form.own for form in forms)
 
 
-def _peft_kinds(placement: Placement, sites: SiteMap) -> Iterator[str | None]:
+def _peft_forms(placement: Placement, sites: SiteMap) -> Iterator[PeftForm | None]:
     for site, _ in placement.declared(sites):
         form = placement.method.in_peft(site)
-        yield None if isinstance(form, str) or placement.share or placement.gate else form.kind
+        yield None if isinstance(form, str) or placement.gate else form
 
 
 def _show(row: dict[str, Any], words: str) -> None:

@@ -28,9 +28,11 @@ def run(*lanes: Lane, family: str, dtype: str = "float64") -> tuple[Tensor, dict
     shared = cohort(family, dtype)
     shared.admit(*lanes)
     lanes[0].optimizer.zero_grad()
-    logits = shared.logits([torch.arange(6).numpy()] * len(lanes), split())[shared.lanes.index(lanes[0])]
-    logits.sum().backward()
-    shared.close()
+    try:
+        logits = shared.logits([torch.arange(6).numpy()] * len(lanes), split())[shared.lanes.index(lanes[0])]
+        logits.sum().backward()
+    finally:  # the suite's backbone is everyone's
+        shared.close()
     grads = {key: value.grad.clone() for key, value in lanes[0].params.items() if value.grad is not None}
     return logits.detach(), grads
 
