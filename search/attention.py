@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Relative = Callable[[Tensor, int, int], Tensor]
 
 NAME = "peftscape"
+#: Where torch's own attention runs, which keeps no scores. On the CPU it is written out: there torch's is
+#: pathologically slow backward in bfloat16 (see DESIGN leads).
+FUSED_ON = ("cuda",)
 
 
 @dataclass
@@ -324,13 +327,13 @@ def _prefix_rows(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """rows x heads x length x head_dim in, rows x length x heads x head_dim out.
-
-    Written out because torch's fused CPU attention is pathologically slow backward in bfloat16 (see DESIGN leads).
-    """
+    """rows x heads x length x head_dim in, rows x length x heads x head_dim out."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if softcap is None and q.device.type in FUSED_ON:
+        fused = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return fused.transpose(1, 2)
     scores = torch.matmul(q * scale, k.transpose(2, 3))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -49,7 +50,7 @@ class Backbone:
         if self.sites.attention_interface:
             self._take_attention()
 
-    @property
+    @cached_property  # asked for at each place of each lane, and a model's parameters are found by walking its modules
     def dtype(self) -> torch.dtype:
         """Of the computation, and of the frozen weights where they are not quantised."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -69,7 +70,7 @@ class Backbone:
         """Of trained tensors and optimiser state."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -70,11 +70,13 @@ class Cohort:
 
     def admit(self, *lanes: Lane) -> None:
         """Take lanes in."""
+        self.forward.forget()
         self._arrange([*self.lanes, *lanes])
 
     def retire(self, *lanes: Lane) -> None:
         """Let lanes go; they keep their parameters and optimiser and may come back."""
         gone = {id(lane) for lane in lanes}
+        self.forward.forget()
         self._arrange([lane for lane in self.lanes if id(lane) not in gone])
 
     def step(self) -> list[float]:
@@ -204,6 +206,7 @@ class Cohort:
 
     def close(self) -> None:
         """Take all hooks off the backbone."""
+        self.forward.forget()
         self._arrange([])
 
     def _passes(self, lanes: Sequence[Lane]) -> list[list[Lane]]:

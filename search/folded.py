@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from peftscape.spaces.methods.weight_change import WeightChange
@@ -44,3 +45,13 @@ def folded(model: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
         assert isinstance(weight, Tensor)
         found[f"{group.site.path}.weight"] = weight + (delta.mT if group.site.transposed else delta)
     return found
+
+
+def changed_weights(model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
+    """Every weight of a model, by name, with its part of a change of them all."""
+    # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
+    parts = torch.split(delta, [weight.numel() for weight in model.parameters()])
+    return {
+        name: weight + part.view(weight.shape)
+        for (name, weight), part in zip(model.named_parameters(), parts, strict=True)
+    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftscape.search.attention import Prefix
-from peftscape.search.folded import foldable, folded
+from peftscape.search.folded import changed_weights, foldable, folded
 from peftscape.search.groups import Group, Stage, stages
 from peftscape.search.last_layer import after_attention
 from peftscape.search.rerun import Around, drawn, rerun
@@ -36,6 +36,7 @@ class Forward:
         self.backbone, self.checkpointing = backbone, checkpointing
         self.lanes = 0
         self._stages: list[Stage] = []
+        self._known: dict[tuple[int, ...], tuple[tuple[Lane, ...], list[Stage]]] = {}
         self._folded: list[Stage] = []  # of them those that need no hook
         self._hooks: list[RemovableHandle] = []
         self._inputs: dict[str, Tensor] = {}
@@ -249,7 +250,7 @@ class Forward:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._stages = stages(lanes, self.backbone)
+        self._stages = self._stages_of(lanes)
         self._folded = foldable(lanes, self._stages, self.backbone) if fold else []
         self._model = next((lane.model for lane in lanes if lane.model is not None), self.backbone.model)
         inputs: dict[str, list[Stage]] = {}
@@ -285,6 +286,17 @@ class Forward:
         if self._mixed is not None:
             module = self._model.get_submodule(self._mixed)
             self._hooks.append(module.register_forward_pre_hook(self._only_read, prepend=True))
+
+    def _stages_of(self, lanes: list[Lane]) -> list[Stage]:
+        """Made once for the same lanes: those that take several passes a step are arranged for each."""
+        key = tuple(map(id, lanes))
+        if key not in self._known:
+            self._known[key] = tuple(lanes), stages(lanes, self.backbone)  # which hold them, so that no id is another's
+        return self._known[key][1]
+
+    def forget(self) -> None:
+        """Hold on to no lanes that were arranged before."""
+        self._known.clear()
 
     def _module(self, path: str) -> nn.Module:
         return self.backbone.model.get_submodule(path)
@@ -367,16 +379,6 @@ class Forward:
     def _by_lane(self, x: Tensor) -> Tensor:
         """lanes x tokens x width, whatever the layout."""
         return x.reshape(self.lanes, -1, x.shape[-1])
-
-
-def changed_weights(model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
-    """Every weight of a model, by name, with its part of a change of them all."""
-    # Cut at once: the gradient of a slice is as long as the whole, and there are as many as weights.
-    parts = torch.split(delta, [weight.numel() for weight in model.parameters()])
-    return {
-        name: weight + part.view(weight.shape)
-        for (name, weight), part in zip(model.named_parameters(), parts, strict=True)
-    }
 
 
 def _adapt(stage: Stage, x: Tensor, y: Tensor, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftscape.search.groups import Group, stages
 from peftscape.search.lane import declared_tensors, generator, new_lane
@@ -56,7 +57,8 @@ def draw_masks(lane: Lane, cohort: Cohort) -> None:
         cohort.admit(probe)
         try:
             rows = [probe.examples(cohort.batch_size, len(cohort.train.ids))]
-            with without_kernels():  # GraSP's Hessian takes second derivatives
+            # GraSP's Hessian takes second derivatives, which fused operations have not.
+            with without_kernels(), sdpa_kernel(SDPBackend.MATH):
                 masks |= _snip(probe, cohort, rows, wanted["snip"]) | _grasp(probe, cohort, rows, wanted["grasp"])
         finally:
             cohort.retire(probe)

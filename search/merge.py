@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from peftscape.search.fingerprint import source
+from peftscape.search.folded import changed_weights
 from peftscape.search.folders import replacing
-from peftscape.search.forward import Forward, changed_weights
+from peftscape.search.forward import Forward
 from peftscape.search.head import auto_class
 from peftscape.spaces.words import InputError
 

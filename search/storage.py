@@ -65,6 +65,7 @@ class Storage:
         self._copied, self._took = time.monotonic(), 0.0
         self._records: dict[int, Record] = {}
         self.trials: list[Any] = []  # Optuna's, as of the last look: those in flight are read anew at each
+        self._current = False  # whether nothing was written here since
         # As of the last look: how many trials there are, and of them how many wait at a rung, or for a new session.
         self._asked = self.waiting = self.left = 0
         self._front: tuple[Record, ...] | None = None
@@ -108,6 +109,7 @@ class Storage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        self._current = False
         with writing(self._where), self.lock():
             yield
 
@@ -120,14 +122,15 @@ class Storage:
         """
         from peftscape.search.samplers import sampler
 
-        search = self.config.search
+        search, trials = self.config.search, self.trials if self._current else None
         with self._writing():
             known = params_of(self.attr(STRUCTURES), space, self._asked) if search.sampler == "s3delta" else None
-            self._study.sampler = sampler(search.sampler, search.seed, self._asked, known)
+            self._study.sampler = sampler(search.sampler, search.seed, self._asked, known, trials)
             trial = self._study.ask()
             self._asked = max(self._asked, trial.number + 1)
-            trial.set_user_attr("worker", worker)
-            trial.set_user_attr("tries", trial.user_attrs.get("tries", 0) + 1)
+            with one_transaction(self._database):  # before its design: asking for that may be what ends a process
+                trial.set_user_attr("worker", worker)
+                trial.set_user_attr("tries", trial.user_attrs.get("tries", 0) + 1)
             with one_transaction(self._database):
                 return trial, space.suggest(trial)
 
@@ -268,7 +271,7 @@ class Storage:
     def refresh(self) -> int:
         """Hear what other workers told; how many trials are in flight, of all workers. Those at a rung wait instead."""
         self.trials = trials = self._study.get_trials(deepcopy=False)
-        self._asked = len(trials)
+        self._asked, self._current = len(trials), True
         self.waiting = sum(map(waits, trials))
         # A trial that was enqueued waits too, and has not been tried.
         self.left = sum(trial.state.name == "WAITING" and "tries" in trial.user_attrs for trial in trials)

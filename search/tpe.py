@@ -7,7 +7,7 @@ here holds the study's lock, so nothing changes in between.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, cast
 
 import optuna
@@ -18,11 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 class ReadOnce:
-    """A study whose trials are as they were when first asked for."""
+    """A study whose trials are as they were when first asked for, or as they are known to be."""
 
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
-        self._trials: list[FrozenTrial] | None = None
+    def __init__(self, study: optuna.Study, known: Sequence[FrozenTrial] | None = None) -> None:
+        self._study, self._trials = study, known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -46,7 +45,15 @@ class OfEachKind(ReadOnce):
 
 
 class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
-    """Suggests what `optuna.samplers.TPESampler` suggests; made anew for each trial, like all samplers here."""
+    """Suggests what `optuna.samplers.TPESampler` suggests; made anew for each trial, like all samplers here.
+
+    Args:
+        known: the study's trials as they are now; the one that it suggests for may be missing. Read if not given.
+    """
+
+    def __init__(self, *, known: Sequence[FrozenTrial] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._known = known
 
     #: The good and the bad trials, once they are known.
     _halves: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
@@ -54,7 +61,7 @@ class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See the parent class."""
         found: dict[str, BaseDistribution] = super().infer_relative_search_space(
-            cast(optuna.Study, OfEachKind(study)), trial
+            cast(optuna.Study, OfEachKind(study, self._known)), trial
         )
         return found
 
@@ -62,7 +69,9 @@ class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See the parent class."""
-        found: dict[str, Any] = super().sample_relative(cast(optuna.Study, ReadOnce(study)), trial, search_space)
+        found: dict[str, Any] = super().sample_relative(
+            cast(optuna.Study, ReadOnce(study, self._known)), trial, search_space
+        )
         return found
 
     def _sample(

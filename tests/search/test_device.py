@@ -1,4 +1,7 @@
-"""Where a step would wait for the device: each number that it asks of a tensor is one such place on CUDA."""
+"""What a step does on a device, seen without one: where it would wait for it, and that fused attention is the same.
+
+Each number that is asked of a tensor is a place where the processor waits for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from contract import backbone, head, lane, split
+from contract import (
+    BATCH,
+    CONFIGS,
+    OUTPUTS,
+    PACKED,
+    STEPS,
+    assert_trained_alike,
+    backbone,
+    head,
+    lane,
+    smallest,
+    split,
+    train,
+)  # fmt: skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
+from peftscape.search.head import Head
+from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
 
 #: What cannot go on before the device has answered.
@@ -22,6 +41,8 @@ PLACEMENTS: list[list[dict[str, Any]]] = [
     [{"method": "lst", "size": 4}],
     [{"method": "sequential_adapter", "size": 4, "mask": {"sparsity": 0.5, "score": "random"}}],
 ]
+#: Methods that ask the device once a step, and what.
+ASKING = {"diff_pruning": "whether its gates are still relaxed", "intrinsic_said": "the seed of its projection"}
 
 
 class Asked(TorchDispatchMode):
@@ -49,3 +70,46 @@ def test_a_step_asks_for_its_losses_and_norms_alone_and_once(monkeypatch: pytest
     shared.close()
     assert asked.found == {}
     assert sorted(lists) == [(2,), (6,)], "each lane's loss and norm; lanes with a prompt have a pass of their own"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_forward_and_backward_of_every_method_ask_for_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, which cannot be read: but for the two methods that say so."""
+    config = type(CONFIGS[family])(**(CONFIGS[family].to_dict() | {"pad_token_id": None}))  # GPT-2 looks for it
+    nowhere = Backbone.from_config(config, dtype="float32")
+    nowhere.model.to("meta")
+    on_top = Head(nowhere, kind="class", outputs=OUTPUTS)
+    monkeypatch.setattr("peftscape.search.lane.draw", lambda declared, *_: torch.zeros(declared.shape))
+    asking = {}
+    for name in (name for name, on in PACKED if on == family):
+        shared = Cohort(nowhere, on_top, split(), batch_size=BATCH)
+        own = new_lane(smallest(name, family), seed=0, steps=STEPS, backbone=nowhere, head=on_top)
+        shared.admit(own)
+        try:
+            shared.gradients([own.examples(BATCH, len(split()))])
+            assert any(value.grad is not None for value in own.params.values()), name
+        except (RuntimeError, NotImplementedError) as error:
+            asking[name] = str(error)
+        finally:
+            shared.close()
+    assert set(asking) == set(ASKING) & {name for name, on in PACKED if on == family}, asking
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lanes_train_alike_with_fused_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prefixes, gates, prompts and a mask that takes second derivatives, beside each other."""
+    rows = [
+        *PLACEMENTS[:2],
+        [{"method": "prefix_tuning", "length": 2}, {"method": "lora", "mask": {"sparsity": 0.5, "score": "grasp"}}],
+    ]
+    pairs = [(Design.from_json({"placements": row}), i) for i, row in enumerate(rows)]
+    plain = train(pairs, family)
+    ran = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr("peftscape.search.attention.FUSED_ON", ("cpu",))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: (ran.append(1), fused(*a, **k))[1]
+    )
+    for one, other in zip(train(pairs, family), plain, strict=True):
+        assert_trained_alike(one, other, family)
+    assert ran

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -72,14 +74,14 @@ def run_steps(shared: Cohort, count: int) -> None:
 @families
 def test_a_mixed_cohort_of_all_methods_trains_as_each_alone(family: str) -> None:
     compared = [*of_every_method(family), *combinations(family)]
-    for own in train([(d, SEED) for d in compared], family)[list(CONFIGS).index(family) % 2 :: 2]:
+    for own in train([(d, SEED) for d in compared], family)[list(CONFIGS).index(family) % 3 :: 3]:
         assert_trained_alike(own, trained_alone(own.design, SEED, family), family)
 
 
 @pytest.mark.parametrize(("dtype", "family"), [("float32", "llama"), ("bfloat16", "bert")])
 def test_a_mixed_cohort_keeps_to_the_stated_tolerance_in(dtype: str, family: str) -> None:
-    compared = of_every_method(family)
-    for own in train([(d, SEED) for d in compared], family, dtype)[list(CONFIGS).index(family) :: 5]:
+    compared = of_every_method(family)[::2]
+    for own in train([(d, SEED) for d in compared], family, dtype)[list(CONFIGS).index(family) :: 3]:
         assert_trained_alike(own, trained_alone(own.design, SEED, family, dtype), family, dtype)
 
 
@@ -102,8 +104,22 @@ def test_lanes_come_and_go_and_train_as_if_alone(family: str) -> None:
             break
         shared.step()
         shared.retire(*(own for own in shared.lanes if own.done))
-    for own in lanes:
+    for own in (away, *lanes[::2]):
         assert_trained_alike(own, trained_alone(own.design, SEED, family), family)
+
+
+def test_a_lane_that_has_left_is_not_held() -> None:
+    """Its tensors are memory; and what is known of it must not be taken for another's that has its place there."""
+    shared = cohort("bert")
+    staying, leaving = (lane(design(LORA), seed, "bert") for seed in (1, 2))
+    shared.admit(staying, leaving)
+    shared.step()
+    shared.retire(leaving)
+    left = weakref.ref(leaving)
+    del leaving
+    gc.collect()
+    assert left() is None
+    shared.close()
 
 
 def test_lanes_of_unequal_length_keep_their_own_schedule() -> None:
