@@ -1,11 +1,13 @@
 """How a search grows: its own work a trial, a step's time by model and lanes, and where the time of a step goes.
 
     python benchmarks/scaling.py [--trials 10 100 1000] [--sampler tpe] [--rungs 0] [--hidden 128 256 512 1024]
-                                 [--lanes 1 2 4 8 16] [--steps 5] [--parts overhead sizes operations]
+                                 [--lanes 1 2 4 8 16] [--steps 5] [--parts overhead thread sizes operations]
 
 - overhead: whole searches of the preset `unified` on MiniLM whose training steps and evaluations compute nothing, so
   that what is left is the search's own: suggesting, bookkeeping, the database, making lanes. Seconds a trial, and the
   share of a search whose trials train for `--training` seconds each side by side that lanes would wait for it.
+- thread: what lanes lose by an ask of TPE at `--known` trials that runs in a thread while they train, against what the
+  ask takes between two steps.
 - sizes: the median step of a cohort of LoRA lanes (rank 8 on q and v) on random BERTs of six layers, a lane.
 - operations: of a step of 8 such lanes on MiniLM, the share of the processor's time in matrix products, and what a
   product of the frozen linears' shapes alone would take at the rate measured here (the floor).
@@ -21,14 +23,16 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 from transformers import BertConfig
 
@@ -39,12 +43,14 @@ from peftscape.search.environment import processor, versions
 from peftscape.search.guarded import Guarded
 from peftscape.search.head import Head
 from peftscape.search.lane import new_lane
+from peftscape.search.samplers import sampler
 from peftscape.search.session import Session, open_session
 from peftscape.search.storage import Storage
 from peftscape.search.study import run_search
 from peftscape.search.task import EncodedSplit
 from peftscape.search.task_config import TaskConfig
 from peftscape.spaces.design import Design
+from peftscape.spaces.space_file import read_space
 
 LORA = Design.from_json({"placements": [{"method": "lora", "sites": ["q", "v"], "rank": 8}]})
 BATCH, TOKENS, STEPS_A_TRIAL = 32, 16, 9
@@ -59,12 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--known", type=int, default=1000)
     parser.add_argument("--rungs", type=int, default=0)
     parser.add_argument("--training", type=float, default=30.0, help="seconds of a trial's training among its lanes")
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["overhead", "sizes", "operations"])
+    parser.add_argument("--parts", nargs="+", default=["overhead", "thread", "sizes", "operations"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -72,6 +79,8 @@ def main() -> None:
         found["sizes"] = [sizes(hidden, args.lanes, args.steps) for hidden in args.hidden]
     if "operations" in args.parts:
         found["operations"] = operations(args.steps)
+    if "thread" in args.parts:
+        found["thread"] = in_a_thread(args.known, args.steps)
     if "overhead" in args.parts:  # last, for it takes the training out of cohorts
         found["overhead"] = [overhead(n, args.sampler, args.rungs, args.training) for n in args.trials]
     result = {
@@ -85,7 +94,7 @@ def main() -> None:
 # -- the search's own work --------------------------------------------------------------------------------------------
 
 
-def overhead(trials: int, sampler: str, rungs: int, training_s: float) -> dict[str, Any]:
+def overhead(trials: int, name: str, rungs: int, training_s: float) -> dict[str, Any]:
     """Seconds a trial of a search whose training costs nothing, and of its parts."""
     Cohort._step, Cohort._predict = _step, _predict  # type: ignore[method-assign]
     spent: Counter[str] = Counter()
@@ -93,8 +102,13 @@ def overhead(trials: int, sampler: str, rungs: int, training_s: float) -> dict[s
     for name, (owner, key) in WORK.items():
         setattr(owner, key, timed(before[name], name, spent))
     settings = SearchSettings(
-        sampler=sampler, textbook=False, examples=STEPS_A_TRIAL * BATCH, batch_size=BATCH, retest_seeds=0, rungs=rungs
-    )  # type: ignore[arg-type]
+        sampler=name,  # type: ignore[arg-type]
+        textbook=False,
+        examples=STEPS_A_TRIAL * BATCH,
+        batch_size=BATCH,
+        retest_seeds=0,
+        rungs=rungs,
+    )
     config = SearchConfig(
         name="scaling", task=TaskConfig(name="trec6"), search=settings, budget=BudgetConfig(trials=trials)
     )
@@ -107,7 +121,7 @@ def overhead(trials: int, sampler: str, rungs: int, training_s: float) -> dict[s
     total = study.spent["wall_s"] - study.spent["loading_s"] - study.spent["report_s"]
     row = {
         "trials": trials,
-        "sampler": sampler,
+        "sampler": name,
         "rungs": rungs,
         "seconds a trial": total / trials,
         "of them": {name: seconds / trials for name, seconds in spent.items()},
@@ -116,6 +130,61 @@ def overhead(trials: int, sampler: str, rungs: int, training_s: float) -> dict[s
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def in_a_thread(known: int, steps: int) -> dict[str, Any]:
+    """Seconds that an ask takes by itself, and that lanes lose by one that runs beside them."""
+    cohort, space, study = minilm().cohort(), read_space("unified", minilm().backbone.sites), studied(known)
+    asks: list[float] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        started = time.perf_counter()
+        study.sampler = sampler("tpe", 0, len(asks), known=study.get_trials(deepcopy=False))
+        space.suggest(study.ask())
+        asks.append(time.perf_counter() - started)
+
+    def ask_on() -> None:
+        while not over.is_set():
+            ask()
+
+    for _ in range(steps + 1):
+        ask()
+    alone, step = statistics.median(asks[1:]), median_step(cohort, 8, steps)
+    asks.clear()
+    admit(cohort, 8, 2 * steps)
+    thread = threading.Thread(target=ask_on)
+    started = time.perf_counter()
+    thread.start()
+    for _ in range(2 * steps):
+        cohort.step()
+    trained = time.perf_counter() - started
+    count = len(asks)
+    over.set()
+    thread.join()
+    cohort.retire(*cohort.lanes)
+    row = {
+        "trials known": known,
+        "an ask alone, s": alone,
+        "a step alone, s": step,
+        "a step beside asks, s": trained / (2 * steps),
+        "asks in that time": count,
+        "lost to the lanes by an ask, s": (trained - 2 * steps * step) / count,
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def studied(known: int) -> optuna.Study:
+    """A study in memory that has so many random designs."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space, random = read_space("unified", minilm().backbone.sites), np.random.default_rng(0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(known):
+        trial = study.ask()
+        space.suggest(trial)
+        study.tell(trial, random.random(2).tolist())
+    return study
 
 
 def timed(function: Callable[..., Any], name: str, spent: Counter[str]) -> Callable[..., Any]:
@@ -188,12 +257,7 @@ def admit(cohort: Cohort, count: int, steps: int) -> None:
 
 def operations(steps: int) -> dict[str, Any]:
     """Where the time of a step of 8 LoRA lanes on MiniLM goes."""
-    config = SearchConfig(
-        task=TaskConfig(name="trec6"),
-        model=ModelConfig(source="minilm", dtype="float32"),
-        search=SearchSettings(batch_size=BATCH),
-    )
-    session = open_session(config)
+    session = minilm()
     cohort = session.cohort()
     seconds = median_step(cohort, 8, steps)
     admit(cohort, 8, steps)
@@ -213,6 +277,17 @@ def operations(steps: int) -> dict[str, Any]:
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+@cache
+def minilm() -> Session:
+    """MiniLM on TREC-6, read once."""
+    config = SearchConfig(
+        task=TaskConfig(name="trec6"),
+        model=ModelConfig(source="minilm", dtype="float32"),
+        search=SearchSettings(batch_size=BATCH),
+    )
+    return open_session(config)
 
 
 def forward_floor(session: Session, lanes: int) -> float:
