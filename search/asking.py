@@ -9,6 +9,7 @@ from peftscape.search.rung_study import SCORES
 from peftscape.search.s3delta_space import STRUCTURES
 from peftscape.search.session import design_costs
 from peftscape.search.shrink import within
+from peftscape.search.storage import EnqueuedError
 from peftscape.search.trial import Trial
 from peftscape.spaces.design import Design
 from peftscape.spaces.presets import textbook
@@ -126,7 +127,13 @@ class Asking:
 
     def _possible(self) -> Trial | None:
         for _ in range(REFUSED_IN_A_ROW):
-            trial, design = self.storage.ask(self.space, self._me)
+            try:
+                trial, design = self.storage.ask(self.space, self._me)
+            except EnqueuedError as error:
+                self.progress.say(f"trial {error.trial.number}: {error}")
+                failure = Failure(kind="not possible", message=str(error))
+                self.storage.tell(error.trial, self._record(error.trial, failure), self._me)
+                continue
             found = self._trial(trial, design)
             errors = self._errors(design, found.costs)
             if not errors:

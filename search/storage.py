@@ -42,6 +42,14 @@ COPY_EVERY_S, COPY_SHARE = 60.0, 50
 ANOTHER = "this folder holds another search; use another --out, or --fork for a new study that knows this one's results"
 
 
+class EnqueuedError(ValueError):
+    """A trial that somebody enqueued has parameters that are no design of the space."""
+
+    def __init__(self, trial: Any, why: str) -> None:
+        self.trial = trial
+        super().__init__(f"it was enqueued with parameters that are no design of this space: {why}")
+
+
 class Storage:
     """The studies of one run.
 
@@ -119,6 +127,9 @@ class Storage:
         """The next trial, now this worker's, and its design, from a sampler made for its number.
 
         Whoever asks holds the lock since the last `refresh`, or is alone on the study.
+
+        Raises:
+            EnqueuedError: somebody enqueued it, and its parameters are no design; it is this worker's.
         """
         from peftscape.search.samplers import sampler
 
@@ -131,8 +142,13 @@ class Storage:
             with one_transaction(self._database):  # before its design: asking for that may be what ends a process
                 trial.set_user_attr("worker", worker)
                 trial.set_user_attr("tries", trial.user_attrs.get("tries", 0) + 1)
-            with one_transaction(self._database):
-                return trial, space.suggest(trial)
+            try:
+                with one_transaction(self._database):
+                    return trial, space.suggest(trial)
+            except (KeyError, ValueError) as error:
+                if "fixed_params" not in self._trial(trial.number).system_attrs:
+                    raise
+                raise EnqueuedError(trial, str(error)) from None
 
     def enqueue(self, params: Mapping[str, Any], textbook: str | None = None, *, again: bool = False) -> None:
         """Ask for a design before the sampler's own; one that was asked for before only `again`."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from searches import make_base, tiny
@@ -85,6 +86,23 @@ def test_a_space_with_no_design_under_the_limit_ends(
     of = config(base, budget={"trials": 5, "trainable": 3})
     study = run_search(of, tmp_path, quiet=True)
     assert [r.state for r in study.records] == ["pruned"] * 12
+
+
+def test_what_was_enqueued_and_is_no_design_fails_and_says_so(base: Path, tmp_path: Path) -> None:
+    of = config(base, budget={"trials": 2}, search={"textbook": False, "retest_seeds": 0})
+    run_search(of, tmp_path, quiet=True)
+    study = optuna.load_study(study_name=of.name, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    known = next(t for t in study.trials if any(isinstance(v, str) for v in t.params.values()))
+    name = next(name for name, value in known.params.items() if isinstance(value, str))
+    study.enqueue_trial({**known.params, name: "nonsense"})
+    study.enqueue_trial(known.params)
+    records = {r.number: r for r in run_search(of, tmp_path, more_trials=2, quiet=True).records}
+    assert records[2].state == "failed"
+    assert records[2].failure is not None
+    assert records[2].failure.kind == "not possible"
+    assert "nonsense" in records[2].failure.message
+    assert records[3].digest == records[known.number].digest
+    assert sum(r.state == "complete" for r in records.values()) == 4
 
 
 class Clock:
