@@ -1,11 +1,13 @@
 """How a search grows: its own work a trial, a step's time by model and lanes, and where the time of a step goes.
 
-    python benchmarks/scaling.py [--trials 10 100 1000] [--sampler tpe] [--rungs 0] [--hidden 128 256 512 1024]
-                                 [--lanes 1 2 4 8 16] [--steps 5] [--parts overhead thread sizes operations]
+    python benchmarks/scaling.py [--trials 10 100 1000] [--after 4900] [--sampler tpe] [--rungs 0] [--steps 5]
+                                 [--hidden 128 256 512 1024] [--lanes 1 2 4 8 16]
+                                 [--parts overhead thread sizes operations]
 
-- overhead: whole searches of the preset `unified` on MiniLM whose training steps and evaluations compute nothing, so
-  that what is left is the search's own: suggesting, bookkeeping, the database, making lanes. Seconds a trial, and the
-  share of a search whose trials train for `--training` seconds each side by side that lanes would wait for it.
+- overhead: whole searches of the preset `unified` on MiniLM whose steps, scoring passes and evaluations compute
+  nothing, so that what is left is the search's own: suggesting, bookkeeping, the database, making lanes. Seconds a
+  trial, and the share of a search whose trials train for `--training` seconds each side by side that lanes would
+  wait for it. Also of 100 trials of a study that knows `--after` others.
 - thread: what lanes lose by an ask of TPE at `--known` trials that runs in a thread while they train, against what the
   ask takes between two steps.
 - sizes: the median step of a cohort of LoRA lanes (rank 8 on q and v) on random BERTs of six layers, a lane.
@@ -36,9 +38,11 @@ import optuna
 import torch
 from transformers import BertConfig
 
+from peftscape.search import guarded
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
 from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings
+from peftscape.search.database import one_transaction
 from peftscape.search.environment import processor, versions
 from peftscape.search.guarded import Guarded
 from peftscape.search.head import Head
@@ -65,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--after", type=int, nargs="+", default=[4900], help="100 trials behind so many")
     parser.add_argument("--known", type=int, default=1000)
     parser.add_argument("--rungs", type=int, default=0)
     parser.add_argument("--training", type=float, default=30.0, help="seconds of a trial's training among its lanes")
@@ -83,6 +88,8 @@ def main() -> None:
         found["thread"] = in_a_thread(args.known, args.steps)
     if "overhead" in args.parts:  # last, for it takes the training out of cohorts
         found["overhead"] = [overhead(n, args.sampler, args.rungs, args.training) for n in args.trials]
+        for n in args.after:
+            found["overhead"].append(overhead(100, args.sampler, args.rungs, args.training, n))
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -94,15 +101,16 @@ def main() -> None:
 # -- the search's own work --------------------------------------------------------------------------------------------
 
 
-def overhead(trials: int, name: str, rungs: int, training_s: float) -> dict[str, Any]:
-    """Seconds a trial of a search whose training costs nothing, and of its parts."""
+def overhead(trials: int, asked: str, rungs: int, training_s: float, known: int = 0) -> dict[str, Any]:
+    """Seconds a trial of a search whose training costs nothing, and of its parts, behind so many known trials."""
     Cohort._step, Cohort._predict = _step, _predict  # type: ignore[method-assign]
+    guarded.prepare = lambda lane, cohort: None  # type: ignore[attr-defined]
     spent: Counter[str] = Counter()
     before = {name: getattr(owner, key) for name, (owner, key) in WORK.items()}
     for name, (owner, key) in WORK.items():
         setattr(owner, key, timed(before[name], name, spent))
     settings = SearchSettings(
-        sampler=name,  # type: ignore[arg-type]
+        sampler=asked,  # type: ignore[arg-type]
         textbook=False,
         examples=STEPS_A_TRIAL * BATCH,
         batch_size=BATCH,
@@ -114,6 +122,8 @@ def overhead(trials: int, name: str, rungs: int, training_s: float) -> dict[str,
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
+            if known:
+                tell(config, Path(folder) / "run", known)
             study = run_search(config, Path(folder) / "run", quiet=True)
     finally:
         for name, (owner, key) in WORK.items():
@@ -121,7 +131,8 @@ def overhead(trials: int, name: str, rungs: int, training_s: float) -> dict[str,
     total = study.spent["wall_s"] - study.spent["loading_s"] - study.spent["report_s"]
     row = {
         "trials": trials,
-        "sampler": name,
+        "known before": known,
+        "sampler": asked,
         "rungs": rungs,
         "seconds a trial": total / trials,
         "of them": {name: seconds / trials for name, seconds in spent.items()},
@@ -130,6 +141,16 @@ def overhead(trials: int, name: str, rungs: int, training_s: float) -> dict[str,
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def tell(config: SearchConfig, out: Path, known: int) -> None:
+    """Fill a new study with random designs and random values, as if it were a fork of another."""
+    storage = Storage(out, config)
+    with storage.lock(), one_transaction(storage._database):
+        for trial in studied(known).trials:
+            trial.user_attrs["known"] = True
+            storage.add(trial)
+    storage.close()
 
 
 def in_a_thread(known: int, steps: int) -> dict[str, Any]:
