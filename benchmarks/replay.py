@@ -3,8 +3,8 @@
     python benchmarks/replay.py [--curves benchmarks/results/curves.json] [--peft FOLDER] [--synthetic 5]
                                 [--syne-tune PYTHON] [--replays 20] [--rungs 2] [--factor 3] [--lanes 8]
 
-Each replay shuffles the order in which the sampler asked (textbook designs first) and takes one of the seeds; lanes
-train side by side and are compared as they come. Side by side: no stopping, peftscape's rules, and Syne Tune's MOASHA
+Each replay shuffles the order in which the sampler asked (textbook designs first, then once more like any others) and
+takes one of the seeds; lanes train side by side and are compared as they come. Side by side: no stopping, peftscape's rules, and Syne Tune's MOASHA
 where `--syne-tune` names the Python of an environment with syne-tune (else it is not run). For each:
 
 - front, best 5: the share of the final front's members, and how many of the five best, that were trained to the end;
@@ -250,6 +250,8 @@ def main() -> None:
     if args.curves.is_file():
         own = recorded(args.curves)
         cases.append((own.source, lambda number: own, args.replays))
+        alike = replace(own, textbook=np.zeros_like(own.textbook))
+        cases.append((f"{own.source}, textbook designs like any others", lambda number: alike, args.replays))
     if args.peft:
         theirs = published(args.peft)
         cases.append((theirs.source, lambda number: theirs, args.replays))
