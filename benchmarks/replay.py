@@ -1,11 +1,12 @@
 """Searches replayed on recorded learning curves, with and without stopping early.
 
     python benchmarks/replay.py [--curves benchmarks/results/curves.json] [--peft FOLDER] [--synthetic 5]
-                                [--syne-tune PYTHON] [--replays 20] [--rungs 2] [--factor 3] [--lanes 8]
+                                [--syne-tune PYTHON] [--replays 40] [--rungs 1 2] [--factor 3] [--lanes 8]
 
-Each replay shuffles the order in which the sampler asked (textbook designs first, then once more like any others) and
-takes one of the seeds; lanes train side by side and are compared as they come. Side by side: no stopping, peftscape's rules, and Syne Tune's MOASHA
-where `--syne-tune` names the Python of an environment with syne-tune (else it is not run). For each:
+Each replay shuffles the order in which the sampler asked (textbook designs first; recorded curves once more with these
+like any others) and takes one of the seeds; lanes train side by side and are compared as they come. Side by side: no
+stopping, peftscape's rules, and Syne Tune's MOASHA where `--syne-tune` names the Python of an environment with it (else
+it is not run). For each number of rungs and each of these:
 
 - front, best 5: the share of the final front's members, and how many of the five best, that were trained to the end;
 - work: of training everything to the end (by FLOPs where they are known);
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import os
 import subprocess
@@ -225,6 +227,17 @@ def compare(
     ]
 
 
+def stoppers(rungs: Rungs, syne_tune: str | None) -> dict[str, Stopper]:
+    """What is compared, by name."""
+    found: dict[str, Stopper] = {"none": Never()}
+    for rule in ("like-cost", "crowding", "epsilon-net", "quality"):
+        found[rule] = Own(Rungs(count=rungs.count, factor=rungs.factor, rule=rule, waiting=WAITING))
+    if syne_tune:
+        for name, ranks in (("MOASHA (Syne Tune)", False), ("MOASHA, priorities as ranks", True)):
+            found[name] = Moasha(syne_tune, rungs.count, rungs.factor, ranks=ranks)
+    return found
+
+
 def main() -> None:
     """Replay, print and write."""
     parser = argparse.ArgumentParser()
@@ -233,19 +246,12 @@ def main() -> None:
     parser.add_argument("--peft", type=Path, help="a folder of HF peft's MetaMathQA result files")
     parser.add_argument("--synthetic", type=int, default=0, help="how many made-up tables to replay")
     parser.add_argument("--syne-tune", help="the Python of an environment with syne-tune")
-    parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--rungs", type=int, default=2)
+    parser.add_argument("--replays", type=int, default=40)
+    parser.add_argument("--rungs", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--factor", type=int, default=3)
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--out", type=Path, default=results / "replay.json")
     args = parser.parse_args()
-    plain = Rungs(count=args.rungs, factor=args.factor)
-    stoppers: dict[str, Stopper] = {"none": Never()}
-    for rule in ("like-cost", "crowding", "epsilon-net", "quality"):
-        stoppers[rule] = Own(Rungs(count=args.rungs, factor=args.factor, rule=rule, waiting=WAITING))
-    if args.syne_tune:
-        for name, ranks in (("MOASHA (Syne Tune)", False), ("MOASHA, priorities as ranks", True)):
-            stoppers[name] = Moasha(args.syne_tune, args.rungs, args.factor, ranks=ranks)
     cases: list[tuple[str, Callable[[int], Table], int]] = []
     if args.curves.is_file():
         own = recorded(args.curves)
@@ -258,22 +264,17 @@ def main() -> None:
     if args.synthetic:
         cases.append((synthetic(0).source.replace("seed 0", "a seed a replay"), synthetic, args.synthetic))
     said = []
-    for source, tables, replays in cases:
-        rows = compare(tables, stoppers, plain, replays=replays, lanes=args.lanes)
-        said.append({"source": source, "replays": replays, "rows": rows})
-        print(f"\n{source}; {replays} replays, rungs at {[round(f, 3) for f in plain.fractions]}, {args.lanes} lanes")
+    for (source, tables, replays), count in itertools.product(cases, args.rungs):
+        rungs = Rungs(count=count, factor=args.factor)
+        rows = compare(tables, stoppers(rungs, args.syne_tune), rungs, replays=replays, lanes=args.lanes)
+        said.append({"source": source, "replays": replays, "rungs": rungs.fractions, "rows": rows})
+        print(f"\n{source}; {replays} replays, rungs at {[round(f, 3) for f in rungs.fractions]}, {args.lanes} lanes")
         print(
             f"{'stopping':<28} {'front':>6} {'best 5':>7} {'work':>6} {'hv':>7} {'at 1/3':>7} {'none, equal work':>17}"
         )
         for row in rows:
-            figures = (
-                row["front"],
-                row["best 5"],
-                row["work"],
-                row["hv"],
-                row["against_work"][PARTS.index(THIRD)],
-                row["hv, equal work"],
-            )
+            third = row["against_work"][PARTS.index(THIRD)]
+            figures = (row["front"], row["best 5"], row["work"], row["hv"], third, row["hv, equal work"])
             print(f"{row['stopping']:<28} {'{:6.2f} {:7.2f} {:6.3f} {:7.4f} {:7.4f} {:16.4f}'.format(*figures)}")
     if not args.syne_tune:
         print("\nSyne Tune's MOASHA was not run: --syne-tune names no Python")

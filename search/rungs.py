@@ -53,7 +53,8 @@ class Entry:
         error: the standard error of a score (0: not known).
         promoted: how many rungs it was told to go on from.
         protected: runs to the end whatever it scores, and takes no place from the others.
-        floor: a baseline, such as training the head alone: it is protected, and what scores below it never goes on.
+        floor: a baseline, such as training the head alone: it is protected, and what scores below it by more than the
+            standard error of their difference never goes on.
         bracket: the first rung at which it is compared; it passes those before. Brackets are compared apart.
         ended: it will not go on: it was stopped, failed or finished. It still counts for the others.
 
@@ -191,7 +192,8 @@ class Rungs:
         )
         ranked = [able[i] for i in order]
         places = sum(not e.safe for e in peers) // self.factor
-        eligible = [e for e in ranked if not e.safe and e.scores[rung] >= lowest]
+        # Early on many a good design is no better than the head alone, which learns quickly: the scores' noise decides.
+        eligible = [e for e in ranked if not e.safe and e.scores[rung] >= lowest - math.sqrt(2) * e.error]
         last = len(eligible) if self.waiting is None else places + self.waiting
         for i, e in enumerate(eligible[:last]):
             if not e.ended:
