@@ -1,10 +1,11 @@
-"""Lane-steps a second: a mixed cohort of 8 against HF peft's plain training loop, both in one run.
+"""Lane-steps a second: cohorts of 1 to 32 lanes against HF peft's plain training loop, both in one run.
 
-    python benchmarks/throughput.py [--steps 7] [--batch 32] [--no-bfloat16]
+    python benchmarks/throughput.py [--steps 7] [--batch 32] [--lanes 1 2 4 8 16 32] [--no-bfloat16]
 
 MiniLM on TREC-6, the same designs, the same examples in the same order. peft trains one design after the other with
 dynamic padding; its loop runs as its users run it (float32, the model's own dropout), without dropout, and under
-bfloat16 autocast. Medians over steps after two for warming up. Writes `results/throughput.json`.
+bfloat16 autocast. Ours runs in float32 and, where the processor has it, in bfloat16. Medians over steps after two for
+warming up. Writes `results/throughput.json`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MIXED: list[dict[str, Any]] = [
     {"method": "prefix_tuning", "length": 16},
     {"method": "prompt_tuning", "length": 8},
 ]
-LORA: list[dict[str, Any]] = [{"method": "lora", "sites": ["q", "v"], "rank": 8}] * 8
+LORA: list[dict[str, Any]] = [{"method": "lora", "sites": ["q", "v"], "rank": 8}]
 
 
 def main() -> None:
@@ -61,29 +62,31 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--no-bfloat16", action="store_true", help="leave out autocast (slow without hardware)")
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--no-bfloat16", action="store_true", help="leave it out (slow without hardware)")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    config = SearchConfig(
-        task=TaskConfig(name="trec6"),
-        model=ModelConfig(source="minilm", dtype="float32"),
-        search=SearchSettings(batch_size=args.batch),
-    )
-    session = open_session(config)
+    dtypes = ["float32", "bfloat16"] if has_bfloat16() and not args.no_bfloat16 else ["float32"]
+    sessions = {dtype: opened(dtype, args.batch) for dtype in dtypes}
     rows = []
-    for name, designs in (("8 LoRA r8 q,v", LORA), ("mixed cohort of 8", MIXED)):
-        own = ours(session, designs, args.steps)
+    for name, designs in (("LoRA r8 q,v", LORA), (f"{len(MIXED)} designs of four families", MIXED)):
         theirs = {
-            "peft float32": peft_loop(session, designs, args.steps, dropout=True, autocast=False),
-            "peft float32, no dropout": peft_loop(session, designs, args.steps, dropout=False, autocast=False),
+            "peft float32": peft_loop(sessions["float32"], designs, args.steps, dropout=True, autocast=False),
+            "peft float32, no dropout": peft_loop(
+                sessions["float32"], designs, args.steps, dropout=False, autocast=False
+            ),
         }
         if not args.no_bfloat16:
-            autocast = peft_loop(session, designs, args.steps, dropout=True, autocast=True)
+            autocast = peft_loop(sessions["float32"], designs, args.steps, dropout=True, autocast=True)
             theirs["peft bfloat16 autocast"] = autocast
-        row = {"cohort": name, "peftscape float32": own, **theirs}
-        row |= {f"ratio to {key}": own / value for key, value in theirs.items()}
-        rows.append(row)
-        print(json.dumps(row, indent=2))
+        print(name, json.dumps(theirs))
+        for lanes in (n for n in args.lanes if n % len(designs) == 0):
+            for dtype, session in sessions.items():
+                own = ours(session, designs * (lanes // len(designs)), args.steps)
+                row = {"designs": name, "lanes": lanes, "dtype": dtype, "peftscape": own, **theirs}
+                rows.append(row | {f"ratio to {key}": own / value for key, value in theirs.items()})
+                ratios = ", ".join(f"{own / value:.2f} times {key}" for key, value in theirs.items())
+                print(f"{lanes} lanes, {dtype}: {own:.2f}; {ratios}", flush=True)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "unit": "lane-steps a second",
@@ -93,6 +96,17 @@ def main() -> None:
     }
     out = Path(__file__).parent / "results" / "throughput.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def opened(dtype: str, batch: int) -> Session:
+    """The task and the backbone in this precision."""
+    return open_session(
+        SearchConfig(
+            task=TaskConfig(name="trec6"),
+            model=ModelConfig(source="minilm", dtype=dtype),  # type: ignore[arg-type]
+            search=SearchSettings(batch_size=batch),
+        )
+    )
 
 
 def lanes_of(session: Session, designs: list[dict[str, Any]], steps: int) -> list[Lane]:

@@ -4,10 +4,11 @@
 
 The opponent is an Optuna study whose objective trains HF peft with transformers' `Trainer`, one trial at a time, with
 dynamic padding, batches grouped by length, no logging and no checkpoints; the pretrained model is read once and copied
-for each trial. It runs once with the model's own dropout and once without. peftscape trains the very same designs on
-the very same examples with the same batch size and schedule, its trials as lanes of cohorts of 8. Both evaluate each
-trial on the same validation texts at its end. Two sets of designs: LoRA on all layers, and what the preset `unified`
-suggests and HF peft can express. Writes `results/vs_trainer.json`.
+for each trial. It runs with the model's own dropout, without, and, where the processor has bfloat16 products, with
+`bf16=True`. peftscape trains the very same designs on the very same examples with the same batch size and schedule,
+its trials as lanes of cohorts of 8, in float32 and in bfloat16. Both evaluate each trial on the same validation texts
+at its end. Two sets of designs: LoRA on all layers, and what the preset `unified` suggests and HF peft can express.
+Writes `results/vs_trainer.json`.
 """
 
 from __future__ import annotations
@@ -62,24 +63,26 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = SearchConfig(
-        task=TaskConfig(name="trec6"),
-        model=ModelConfig(source="minilm", dtype="float32"),
-        search=SearchSettings(batch_size=args.batch, examples=args.examples),
+    dtypes = ("float32", "bfloat16") if has_bfloat16() else ("float32",)
+    sessions = {dtype: opened(dtype, args.batch, args.examples) for dtype in dtypes}
+    session = sessions["float32"]
+    base = AutoModelForSequenceClassification.from_pretrained(
+        session.config.model.path(), num_labels=session.task.num_outputs
     )
-    session = open_session(config)
-    base = AutoModelForSequenceClassification.from_pretrained(config.model.path(), num_labels=session.task.num_outputs)
     rows = []
     for name, space in (("LoRA on all layers", FULL_DEPTH), ("of `unified`, what peft can express", "unified")):
         designs = drawn(session, space, args.trials)
-        sides = {
-            "peftscape": ours(session, designs),
+        own = {f"peftscape {dtype}": ours(each, designs) for dtype, each in sessions.items()}
+        other = {
             "Trainer": theirs(session, base, designs, dropout=True),
             "Trainer, no dropout": theirs(session, base, designs, dropout=False),
         }
-        row: dict[str, Any] = {"designs": name, "labels": [d.label for d in designs], **sides}
-        for side in ("Trainer", "Trainer, no dropout"):
-            row[f"ratio to {side}"] = sides["peftscape"]["trials_an_hour"] / sides[side]["trials_an_hour"]
+        if has_bfloat16():
+            other["Trainer, bf16"] = theirs(session, base, designs, dropout=True, bf16=True)
+        row: dict[str, Any] = {"designs": name, "labels": [d.label for d in designs], **own, **other}
+        for mine, fast in own.items():
+            for side, slow in other.items():
+                row[f"{mine} to {side}"] = fast["trials_an_hour"] / slow["trials_an_hour"]
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "labels"}, indent=2), flush=True)
     result = {
@@ -92,6 +95,17 @@ def main() -> None:
     }
     out = Path(__file__).parent / "results" / "vs_trainer.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def opened(dtype: str, batch: int, examples: int) -> Session:
+    """The task and the backbone in this precision."""
+    return open_session(
+        SearchConfig(
+            task=TaskConfig(name="trec6"),
+            model=ModelConfig(source="minilm", dtype=dtype),  # type: ignore[arg-type]
+            search=SearchSettings(batch_size=batch, examples=examples),
+        )
+    )
 
 
 def drawn(session: Session, space: Any, count: int) -> list[Design]:
@@ -137,7 +151,7 @@ def ours(session: Session, designs: list[Design]) -> dict[str, Any]:
     return summary(len(designs), time.perf_counter() - started, scores)
 
 
-def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool) -> dict[str, Any]:
+def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool, bf16: bool = False) -> dict[str, Any]:
     """An Optuna study over the same designs, each trained by `Trainer`."""
     started = time.perf_counter()
     study = optuna.create_study(direction="maximize")
@@ -146,13 +160,13 @@ def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool)
 
     def objective(trial: optuna.Trial) -> float:
         design = designs[trial.suggest_int("design", 0, len(designs) - 1)]
-        return trained(session, base, design, trial.number, dropout=dropout)
+        return trained(session, base, design, trial.number, dropout=dropout, bf16=bf16)
 
     study.optimize(objective, n_trials=len(designs))
     return summary(len(designs), time.perf_counter() - started, [float(t.value or 0) for t in study.trials])
 
 
-def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: bool) -> float:
+def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: bool, bf16: bool) -> float:
     """The validation score of one trial by peft and `Trainer`."""
     config = expressible(session, design)
     assert config is not None
@@ -175,8 +189,8 @@ def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: 
                 weight_decay=training.weight_decay, warmup_steps=math.ceil(training.warmup * steps),
                 lr_scheduler_type="warmup_stable_decay",
                 lr_scheduler_kwargs={"num_decay_steps": math.ceil(training.decay * steps), "decay_type": "linear"},
-                max_grad_norm=training.clip, train_sampling_strategy="group_by_length", use_cpu=True, seed=seed,
-                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                max_grad_norm=training.clip, train_sampling_strategy="group_by_length", use_cpu=True, bf16=bf16,
+                seed=seed, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
             train_dataset=rows_of(session.data.train, seen),
             eval_dataset=rows_of(session.data.validation, range(len(session.data.validation))),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftscape.search.generation_past import Following
+from peftscape.search.row_attention import move, row_attention
 from peftscape.spaces import ops
 from peftscape.spaces.ops.choose import noting
 from peftscape.spaces.ops.device import on_device
@@ -120,49 +121,24 @@ def attend(
     prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
     if isinstance(batch, Following):
         return _attend_following(batch, site, query, key, value, prefixes=prefixes, scale=scale, more=more), None
-    q, k, v = (_to_rows(t, batch) for t in (query, key, value))
-    sizes = [len(c.rows) * c.length for c in batch.classes]
-    parts = list(zip(batch.classes, *(torch.split(t, sizes) for t in (q, k, v)), strict=True))
-    outputs = [
-        _attend_class(c, *part, run=run, prefixes=prefixes, scale=scale, more=more).reshape(len(c.rows) * c.length, -1)
-        for c, *part in parts
-    ]
+    parts = list(zip(batch.classes, *(_to_rows(t, batch) for t in (query, key, value)), strict=True))
+    outputs = [_attend_class(c, *part, run=run, prefixes=prefixes, scale=scale, more=more) for c, *part in parts]
     if batch.past is not None:
         for c, _, keys, values in parts:
             batch.past.keep(site.path, c, keys, values)
-    rows = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     lanes, heads, tokens, width = query.shape
-    flat = _move(rows, batch.slots, batch.tokens, lanes * tokens)
+    there, back = batch.places(heads)
+    (flat,) = move([out.reshape(-1, width) for out in outputs], [back], there)
     return flat.view(lanes, tokens, heads, width), None
 
 
-class _Move(torch.autograd.Function):
-    """out[to] = x[from], zeros elsewhere. One to one, so that the backward is a move as well, not an addition."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.rows = len(x)
-        return x.new_zeros(size, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        source, target = ctx.saved_tensors
-        (grad,) = grads
-        zeros = grad.new_zeros(ctx.rows, grad.shape[1])
-        return zeros.index_copy_(0, source, grad.index_select(0, target)), None, None, None
-
-
-def _move(x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-    moved: Tensor = _Move.apply(x, source, target, size)  # type: ignore[no-untyped-call]
-    return moved
-
-
-def _to_rows(x: Tensor, batch: Batch) -> Tensor:
-    """lanes x heads x tokens x head_dim to slots x heads x head_dim."""
+def _to_rows(x: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """lanes x heads x tokens x head_dim to rows x heads x length x head_dim, an array for each length class."""
     lanes, heads, tokens, width = x.shape
-    flat = x.transpose(1, 2).reshape(lanes * tokens, heads * width)
-    return _move(flat, batch.tokens, batch.slots, batch.row_slots).view(-1, heads, width)
+    flat = x.transpose(1, 2).reshape(lanes * tokens * heads, width)
+    there, back = batch.places(heads)
+    parts = move([flat], there, [back])
+    return tuple(t.view(len(c.rows), heads, c.length, width) for t, c in zip(parts, batch.classes, strict=True))
 
 
 def _attend_class(
@@ -176,7 +152,6 @@ def _attend_class(
     scale: float,
     more: dict[str, Any],
 ) -> Tensor:
-    q, k, v = (t.view(len(rows.rows), rows.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
     allowed = rows.valid[:, None, None, :]
     if run.causal:
         place = torch.arange(rows.length, device=q.device)
@@ -195,10 +170,11 @@ def _attend_class(
         with noting([ran for p in prefixes for ran in p.ran]):
             fused = ops.attends_fused(q, keys, values)
         if fused:
-            return ops.prefix_attention(
+            out = ops.prefix_attention(
                 q, k, v, keys, values, _owners(prefixes, rows), valid=rows.valid, causal=run.causal,
                 window=more.get("sliding_window"), scale=scale,
             )  # fmt: skip
+            return out.transpose(1, 2)
     bias = bias.expand(len(rows.rows), -1, -1, -1)
     return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, softcap)
 
@@ -223,7 +199,7 @@ def _attend_following(
     bias = bias.expand(-1, -1, grouped.shape[2], -1)
     out = _attend_by_prefix(rows, grouped, keys, values, bias, prefixes, scale, more.get("softcap"))
     flat = out.new_zeros(lanes * tokens, heads * width)
-    flat = flat.index_copy(0, batch.tokens, out.transpose(1, 2).reshape(len(q), heads * width))
+    flat = flat.index_copy(0, batch.tokens, out.reshape(len(q), heads * width))
     return flat.view(lanes, tokens, heads, width)
 
 
@@ -248,7 +224,7 @@ def _attend_padded(
     table = run.relative.get(site.stack)
     relative = None if table is None else partial(_bias_before, table, before)
     prefixes = sorted(run.prefixes.get(site.path, []), key=lambda p: p.first)
-    return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, None, relative)
+    return _attend_by_prefix(rows, q, k, v, bias, prefixes, scale, None, relative).transpose(1, 2)
 
 
 def _bias_before(table: Any, first: int, lengths: Tensor, width: int, queries: int) -> Tensor:
@@ -273,7 +249,7 @@ def _attend_by_prefix(
     rows: LengthClass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefixes: list[Prefix], scale: float,
     softcap: float | None, relative: Relative | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of padded rows, those of lanes with a prefix behind it."""
+    """Attention of padded rows, those of lanes with a prefix behind it: rows x heads x length x head_dim."""
     cuts = [rows.before(lane) for p in prefixes for lane in (p.first, p.stop)]
     sizes = [stop - start for start, stop in pairwise([0, *cuts, len(rows.rows)])]
     owners = [None, *(who for p in prefixes for who in (p, None))]
@@ -327,15 +303,13 @@ def _prefix_rows(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """rows x heads x length x head_dim in, rows x length x heads x head_dim out."""
+    """rows x heads x length x head_dim in and out."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if softcap is None and q.device.type in FUSED_ON:
-        fused = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return fused.transpose(1, 2)
-    scores = torch.matmul(q * scale, k.transpose(2, 3))
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax(scores + bias, dim=-1)
-    return torch.matmul(weights, v).transpose(1, 2)
+        scores = torch.tanh(torch.matmul(q * scale, k.transpose(2, 3)) / softcap) * softcap
+        return torch.matmul(torch.softmax(scores + bias, dim=-1), v)
+    if q.device.type in FUSED_ON:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return row_attention(q, k, v, bias, scale)

@@ -111,12 +111,12 @@ class Past:
         return found
 
     def keep(self, path: str, rows: LengthClass, keys: Tensor, values: Tensor) -> None:
-        """Keep keys and values of first tokens, each rows * length x key heads x head_dim."""
+        """Keep keys and values of first tokens, each rows x key heads x length x head_dim."""
         which = torch.from_numpy(rows.rows).to(keys.device)
         for kept, new in ((self.keys, keys), (self.values, values)):
             if path not in kept:
-                kept[path] = new.new_zeros(self.total, new.shape[1], self.size, new.shape[2])
-            kept[path][which, :, : rows.length] = new.view(len(which), rows.length, *new.shape[1:]).transpose(1, 2)
+                kept[path] = new.new_zeros(self.total, new.shape[1], self.size, new.shape[3])
+            kept[path][which, :, : rows.length] = new
 
     def extend(self, path: str, batch: Following, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of this step, and return all: texts that go on x key heads x longest x head_dim.

@@ -106,6 +106,30 @@ class Batch:
         """Places in the padded rows of attention."""
         return sum(len(c.rows) * c.length for c in self.classes)
 
+    def places(self, heads: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Where heads of tokens lie in the padded rows of attention: rows x heads x length, class after class.
+
+        Returns:
+            For each place of each class the number of what lies there (flat token * heads + head), and for each of
+            these numbers its place, counted through all classes. What has none gets the number behind the last.
+        """
+        if heads not in self._places:
+            device, total = self.tokens.device, self.ids.numel()
+            token = torch.full((self.row_slots,), total, device=device).index_copy_(0, self.slots, self.tokens)
+            parts, head = [], torch.arange(heads, device=device)[:, None]
+            for c, own in zip(self.classes, torch.split(token, [c.valid.numel() for c in self.classes]), strict=True):
+                number = own.view(len(c.rows), 1, c.length) * heads + head
+                parts.append(number.clamp(max=total * heads).reshape(-1))
+            every = torch.cat(parts)
+            back = torch.full((total * heads + 1,), len(every), device=device)
+            back.index_copy_(0, every, torch.arange(len(every), device=device))
+            self._places[heads] = tuple(parts), back[:-1]
+        return self._places[heads]
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[tuple[Tensor, ...], Tensor]]:
+        return {}
+
     @cached_property
     def text(self) -> tuple[Tensor, Tensor]:
         """Flat numbers of text tokens, and the row (lane * examples + example) of each."""

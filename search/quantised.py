@@ -30,7 +30,7 @@ def load(source: str, config: Any, sites: SiteMap, name: str, compute: torch.dty
         compute: of activations and products.
 
     Raises:
-        InputError: bitsandbytes is not there.
+        InputError: bitsandbytes is not there, or does not restore such weights on this processor.
     """
     from transformers import AutoModel, BitsAndBytesConfig
 
@@ -57,6 +57,11 @@ def load(source: str, config: Any, sites: SiteMap, name: str, compute: torch.dty
             # With it, a pass without gradients packs codes anew, in an order that neither the backward nor
             # `dequantize_4bit` reads.
             module.support_avx512bf16_for_cpu = False
+    widths = {module.weight.quant_state.shape[1] for module in model.modules() if is_packed(module)}
+    if wrong := [width for width in sorted(widths) if device == "cpu" and not _restores(width)]:
+        said = ", ".join(map(str, wrong))
+        why = f"bitsandbytes restores 4-bit linears of {said} inputs wrongly on this processor, unlike multiples of 64"
+        raise InputError(source, [why])
     return model, loading
 
 
@@ -102,6 +107,15 @@ def _library() -> Any:
             hint = 'a 4-bit backbone needs bitsandbytes: pip install "peftscape[quant]"'
             raise InputError("dtype", [hint]) from error
     return bitsandbytes
+
+
+def _restores(width: int) -> bool:
+    """Whether rows of this width come back as they do in one long row: 0.50's AVX-512 code ends blocks with the row."""
+    functional = _library().functional
+    codes, state = functional.quantize_4bit(torch.arange(64.0 * width).view(64, width), quant_type="nf4", blocksize=64)
+    rows = functional.dequantize_4bit(codes, state)
+    state.shape = torch.Size([1, 64 * width])
+    return torch.equal(rows.flatten(), functional.dequantize_4bit(codes, state).flatten())
 
 
 def _outside(config: Any, sites: SiteMap, trust: bool) -> list[str]:

@@ -17,3 +17,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     return tmp_path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32():
+    """What is not said is float32 on every processor: `dtype = "auto"` would be bfloat16 where products of it are fast,
+    and what is compared to 1e-5 would fail there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftscape.search.backbone.has_bfloat16", lambda: False)
+        yield

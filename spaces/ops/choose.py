@@ -122,6 +122,11 @@ def without_kernels() -> Iterator[None]:
         _WITHOUT.reset(token)
 
 
+def takes_second_derivatives() -> bool:
+    """Whether this runs `without_kernels`: then what is written by hand for one derivative has to stand back too."""
+    return _WITHOUT.get()
+
+
 @contextmanager
 def noting(lanes: Sequence[set[str]]) -> Iterator[None]:
     """Add the name of every operation that runs as a kernel within to these sets, one a lane."""

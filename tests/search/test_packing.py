@@ -92,6 +92,25 @@ def test_tokens_are_packed_end_to_end_in_their_lane() -> None:
         assert mine.tolist() == list(range(total))
 
 
+def test_heads_lie_in_rows_by_class_row_head_and_place() -> None:
+    batch, heads = packed(False), 3
+    parts, back = batch.places(heads)
+    assert [len(p) for p in parts] == [len(c.rows) * heads * c.length for c in batch.classes]
+    there = torch.cat(parts)
+    token = {int(slot): int(t) for slot, t in zip(batch.slots, batch.tokens, strict=True)}
+    nothing, wanted, slot = batch.ids.numel() * heads, [], 0
+    for of in batch.classes:
+        for _ in of.rows:
+            for head in range(heads):
+                mine = [token.get(slot + i) for i in range(of.length)]
+                wanted += [nothing if t is None else t * heads + head for t in mine]
+            slot += of.length
+    assert there.tolist() == wanted
+    gaps = set(range(nothing)) - set(wanted)
+    assert [wanted[i] for i in back.tolist() if i < len(wanted)] == [i for i in range(nothing) if i not in gaps]
+    assert {i for i, place in enumerate(back.tolist()) if place == len(wanted)} == gaps
+
+
 def test_attention_rows_hold_one_example_each_in_classes_of_like_length() -> None:
     batch = packed(False)
     flat = batch.ids.flatten()
