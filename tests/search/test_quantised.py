@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from peftscape.analysis.front import front
+from peftscape.search import quantised
 from peftscape.search.adapter import Adapter
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
@@ -132,11 +133,11 @@ def test_widths_that_cut_blocks_are_restored_right_or_refused(tmp_path: Path) ->
     config.intermediate_size = 96
     AutoModel.from_config(config).save_pretrained(tmp_path)
     tokenizer("bert").save_pretrained(tmp_path)
-    try:
-        base = Backbone.load(tmp_path, dtype="nf4")
-    except InputError as error:
-        assert "4-bit linears of 96 inputs wrongly on this processor" in str(error)
+    if not quantised._restores(96):
+        with pytest.raises(InputError, match="4-bit linears of 96 inputs wrongly on this processor"):
+            Backbone.load(tmp_path, dtype="nf4")
         return
+    base = Backbone.load(tmp_path, dtype="nf4")
     site, whole = next(s for s in base.sites.sites if s.kind == "down"), Backbone.load(tmp_path, dtype="float32")
     lost = base.frozen(site)["weight"] - whole.frozen(site)["weight"]
     assert lost.norm() < 0.2 * whole.frozen(site)["weight"].norm()
@@ -261,7 +262,7 @@ def test_what_is_kept_is_told_in_the_precision_that_it_computes_in(packed: dict[
 
 
 def test_a_search_on_it_ends_with_a_report_and_adapters_that_load(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", width=64)
+    base = make_base(tmp_path / "base", width=128)
     model = ModelConfig(source=str(base), dtype="nf4", head="mean")
     study = run_search(tiny(base, budget={"trials": 2}, model=model), tmp_path / "run")
     assert [record.state for record in study.records] == ["complete", "complete"]
