@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 EVALUATION_ROWS = 512
 # A language model's texts are longer, and attention holds them padded.
 EVALUATION_TOKENS = 1 << 14
+# The largest array of a pass on a processor. glibc gives freed blocks over 32 MiB back to the system, which hands them
+# out again page by page: half a second a step for 32 lanes on MiniLM. A quarter is for texts longer than the mean.
+LARGEST = 24 << 20
 # What a pass through a layer costs besides its tokens, in tokens: small products run at a lower rate.
 PASS_TOKENS = 256
 
@@ -212,14 +216,17 @@ class Cohort:
     def _passes(self, lanes: Sequence[Lane]) -> list[list[Lane]]:
         """Which lanes run together; with a cache, those that begin at higher layers may go by themselves."""
         parts = _alike(lanes)
-        if self.cache is None:
+        length = float(self.train.lengths.mean())
+        if self.cache is not None:
+            layers, tokens = self.backbone.sites.layers, self.batch_size * length
+            starts = {id(lane): self.cache.start(lane) for lane in lanes}
+            cut = (by_start(part, [starts[id(lane)] for lane in part], layers, tokens) for part in parts)
+            parts = [piece for pieces in cut for piece in pieces]
+        if self.backbone.device.type != "cpu":
             return parts
-        tokens = self.batch_size * float(self.train.lengths.mean())
-        return [
-            piece
-            for part in parts
-            for piece in by_start(part, [self.cache.start(lane) for lane in part], self.backbone.sites.layers, tokens)
-        ]
+        texts = -(-self.batch_size // (self.passes * self.cuts))
+        row = max(self.backbone.sites.d_ff, self.backbone.sites.d_model) * self.backbone.dtype.itemsize * texts
+        return [piece for part in parts for piece in _evenly(part, row * (part[0].design.prompt_length() + length))]
 
     def _arrange(self, lanes: list[Lane]) -> None:
         """Set the cohort's lanes: like designs side by side, so that most groups are views."""
@@ -237,6 +244,13 @@ def _alike(lanes: Sequence[Lane]) -> list[list[Lane]]:
         alone = id(lane) if lane.design.solo else 0
         parts.setdefault((lane.design.prompt_length().bit_length(), lane.consistency > 0, alone), []).append(lane)
     return list(parts.values())
+
+
+def _evenly(lanes: list[Lane], size: float) -> list[list[Lane]]:
+    """Lanes in as few passes as their arrays allow, `size` bytes each, and as many in each."""
+    count = -(-len(lanes) // max(1, int(LARGEST / size)))
+    bounds = [len(lanes) * i // count for i in range(count + 1)]
+    return [lanes[begin:end] for begin, end in pairwise(bounds)]
 
 
 def by_start(lanes: Sequence[Lane], starts: Sequence[int], layers: int, tokens: float) -> list[list[Lane]]:

@@ -1,8 +1,8 @@
 """Which operations run as kernels: those that a benchmark on this device found faster at sizes like these.
 
-`measured.json`, and the table that `benchmarks/kernels.py --save` makes on a machine, hold what was measured. For a
-device without measurements plain torch runs: a kernel that nobody has timed there may be slower, and is not trusted to
-be faster because it moves fewer bytes. PEFTSCAPE_KERNELS=off turns all kernels off, =auto (the default) asks the
+`measured.json`, and the table that `benchmarks/kernel_times.py --save` makes on a machine, hold what was measured. For
+a device without measurements plain torch runs: a kernel that nobody has timed there may be slower, and is not trusted
+to be faster because it moves fewer bytes. PEFTSCAPE_KERNELS=off turns all kernels off, =auto (the default) asks the
 tables, =on takes one wherever it can run: on CUDA, and with TRITON_INTERPRET=1 in Triton's interpreter on a CPU, where
 it is slow and only to be looked at. Otherwise plain torch runs on a CPU.
 """
@@ -98,7 +98,7 @@ def by_table(call: Call, device: str, rows: Sequence[Measured]) -> Choice:
     """What the nearest measurement of the operation on the device says."""
     mine = [r for r in rows if r.device == device and (r.call.op, r.call.dtype) == (call.op, call.dtype)]
     if not mine:
-        how = "benchmarks/kernels.py --save measures it"
+        how = "benchmarks/kernel_times.py --save measures it"
         return Choice(False, f"{call.op} in {call.dtype} was never measured on {device}; {how}")
     near = min(mine, key=lambda r: _distance(r.call, call))
     if _distance(near.call, call) > NEAR:
@@ -165,12 +165,12 @@ def read(text: str, where: str) -> tuple[Measured, ...]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{where} is no table of measured kernels ({error!r}): remove it, or write it anew with "
-            "benchmarks/kernels.py --save"
+            "benchmarks/kernel_times.py --save"
         ) from None
 
 
 def saved() -> Path:
-    """Where `benchmarks/kernels.py --save` writes this machine's table."""
+    """Where `benchmarks/kernel_times.py --save` writes this machine's table."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "peftscape" / "kernels.json"
 

@@ -159,3 +159,24 @@ def test_passes_are_cut_where_that_is_the_least_work() -> None:
         found = [[lanes.index(x) for x in p] for p in by_start(lanes, starts, layers, tokens)]
         assert sorted(itertools.chain(*found)) == list(range(5))
         assert work(found) == pytest.approx(least)
+
+
+def test_passes_keep_their_arrays_small_and_train_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five lanes in one pass, and in three where two lanes' arrays are the most."""
+    base, on_top = backbone("bert", "float64"), head("bert", "float64")
+    array = BATCH * float(split().lengths.mean()) * base.sites.d_ff * base.dtype.itemsize
+    trained, passes = [], []
+    for most in (5, 2):
+        monkeypatch.setattr("peftscape.search.cohort.LARGEST", most * array + 1)
+        shared = Cohort(base, on_top, split(), batch_size=BATCH)
+        lanes = [lane(designs("bert")[1], seed, "bert") for seed in range(5)]
+        shared.admit(*lanes)
+        passes.append([len(part) for part in shared._passes(shared.lanes)])
+        for _ in range(STEPS):
+            shared.step()
+        shared.close()
+        trained.append([value for one in lanes for value in one.losses])
+    assert passes[0] == [5]
+    assert len(passes[1]) == 3
+    assert max(passes[1]) == 2
+    assert trained[1] == pytest.approx(trained[0], rel=1e-9)

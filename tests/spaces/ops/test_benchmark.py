@@ -34,7 +34,7 @@ def smoke(script: str, out: Path, *args: str) -> Any:
 
 
 def test_a_smoke_run_times_every_way_and_says_that_it_means_nothing(tmp_path: Path) -> None:
-    found = smoke("kernels.py", tmp_path / "kernels.json", "--interpret", "--op", "low_rank", "adamw")
+    found = smoke("kernel_times.py", tmp_path / "kernels.json", "--interpret", "--op", "low_rank", "adamw")
     assert found["meaning"] == "a smoke test; times mean nothing"
     ways = {(row["op"], row["how"]) for row in found["rows"]}
     assert ways == {
@@ -59,7 +59,7 @@ def test_a_smoke_run_of_a_training_step_does_the_work_that_peft_does(tmp_path: P
 
 def test_the_table_that_is_saved_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    save = runpy.run_path(str(BENCHMARKS / "kernels.py"), run_name="kernels")["save"]
+    save = runpy.run_path(str(BENCHMARKS / "kernel_times.py"), run_name="kernel_times")["save"]
     sizes = {"dtype": "bfloat16", "lanes": 8, "size": 16, "tokens": 512, "width": 4096}
     made = [
         {"op": "low_rank", "how": "torch", "forward_s": 3.0, "backward_s": 1.0},

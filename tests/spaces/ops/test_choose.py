@@ -118,7 +118,7 @@ def test_what_was_measured_here_comes_before_the_package(tmp_path: Path, monkeyp
     gpu = torch.device("cuda", 0)
     never = choose.choice(CALL, gpu)
     assert not never.kernel
-    assert never.why.endswith("never measured on GPU; benchmarks/kernels.py --save measures it")
+    assert never.why.endswith("never measured on GPU; benchmarks/kernel_times.py --save measures it")
     choose.saved().parent.mkdir()
     choose.saved().write_text(json.dumps({"rows": [asdict(WINS), asdict(LOSES)]}))
     choose.table.cache_clear()

@@ -1,7 +1,7 @@
 """Lanes' kernels against plain torch, torch.compile of it, and what HF peft's users run, looped over lanes.
 
-    python benchmarks/kernels.py [--op NAME ...] [--dtype bfloat16 ...] [--no-compile] [--save [TABLE]] [--out FILE]
-    python benchmarks/kernels.py --interpret        # a smoke test on a CPU: tiny sizes, its times mean nothing
+    python benchmarks/kernel_times.py [--op NAME ...] [--dtype bfloat16 ...] [--no-compile] [--save [TABLE]] [--out F]
+    python benchmarks/kernel_times.py --interpret        # a smoke test on a CPU: tiny sizes, its times mean nothing
 
 Forward and backward apart: seconds (the median, the L2 cache swept before each run), the bytes that must move, the
 bandwidth that makes, its ratio to a copy on the same device, and the peak of memory above what lay there before. Every
