@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from peftscape.search.states import StateCache
     from peftscape.search.task import EncodedSplit
 
-# Evaluation has no backward to keep activations for; this many sequences at once keep two cores busy.
-EVALUATION_ROWS = 512
-# A language model's texts are longer, and attention holds them padded.
+# Evaluation has no backward to keep activations for; this many tokens at once keep two cores busy.
 EVALUATION_TOKENS = 1 << 14
 # The largest array of a pass on a processor. glibc gives freed blocks over 32 MiB back to the system, which hands them
 # out again page by page: half a second a step for 32 lanes on MiniLM. A quarter is for texts longer than the mean.
@@ -193,12 +191,8 @@ class Cohort:
             from peftscape.search.generation import written
 
             return written(self, split.asked, EVALUATION_TOKENS // self.cuts)
-        order = np.argsort([len(ids) for ids in split.ids], kind="stable")
-        count = max(1, EVALUATION_ROWS // self.cuts // len(self.lanes))
-        if split.scored is not None:
-            tokens = EVALUATION_TOKENS // self.cuts
-            count = max(1, min(count, tokens // (int(split.lengths.max()) * len(self.lanes))))
-        parts = [self.logits([order[i : i + count]] * len(self.lanes), split) for i in range(0, len(order), count)]
+        order, passes = self._by_length(split)
+        parts = [self.logits([texts] * len(self.lanes), split) for texts in passes]
         if split.words is not None:
             from peftscape.search.token_words import by_text
 
@@ -207,6 +201,27 @@ class Cohort:
         back[order] = np.arange(len(order))
         out: np.ndarray[Any, Any] = torch.cat(parts, dim=1).float().cpu().numpy()[:, back]
         return split.answers(out, self.head.outputs)
+
+    def _by_length(self, split: EncodedSplit) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]]]:
+        """A split's texts, the short ones first, and the passes that evaluate them: as many texts in each as fit."""
+        sizes = np.array([len(ids) for ids in split.ids])
+        if split.sources is not None:
+            sizes = np.maximum(sizes, [len(ids) for ids in split.sources])
+        order = np.argsort(sizes, kind="stable")
+        tokens = EVALUATION_TOKENS
+        if self.backbone.device.type == "cpu":
+            tokens = min(tokens, LARGEST // self._token_bytes())
+        prompt = max(lane.design.prompt_length() for lane in self.lanes)
+        most = np.maximum(1, tokens // self.cuts // len(self.lanes) // (sizes[order] + prompt))
+        begins = [0]  # a pass ends before the first text that is too long for as many as it has
+        for i in range(len(order)):
+            if i - begins[-1] >= most[i]:
+                begins.append(i)
+        return order, np.split(order, begins[1:])
+
+    def _token_bytes(self) -> int:
+        """Of one token in a layer's largest array."""
+        return max(self.backbone.sites.d_ff, self.backbone.sites.d_model) * self.backbone.dtype.itemsize
 
     def close(self) -> None:
         """Take all hooks off the backbone."""
@@ -225,7 +240,7 @@ class Cohort:
         if self.backbone.device.type != "cpu":
             return parts
         texts = -(-self.batch_size // (self.passes * self.cuts))
-        row = max(self.backbone.sites.d_ff, self.backbone.sites.d_model) * self.backbone.dtype.itemsize * texts
+        row = self._token_bytes() * texts
         return [piece for part in parts for piece in _evenly(part, row * (part[0].design.prompt_length() + length))]
 
     def _arrange(self, lanes: list[Lane]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftscape.search.cohort import EVALUATION_ROWS, Cohort
+from peftscape.search.cohort import EVALUATION_TOKENS, Cohort
 from peftscape.search.lane import Lane, new_lane
 from peftscape.search.prepare import prepare
 from peftscape.search.stopping import HangError, Stop
@@ -193,7 +193,7 @@ class Guarded(Cohort):
         def evaluate(part: Sequence[Lane]) -> None:
             found.update(zip(map(id, part), super(Guarded, self).predict(split, *part), strict=True))
 
-        self._each(_Work("predict", EVALUATION_ROWS, evaluate, lambda lane: id(lane) not in found), chosen)
+        self._each(_Work("predict", EVALUATION_TOKENS, evaluate, lambda lane: id(lane) not in found), chosen)
         nothing: np.ndarray[Any, Any] = np.full((len(split), self.head.outputs), np.nan, dtype=np.float32)
         if split.asked is not None or split.words is not None:
             nothing = np.full(len(split), None, dtype=object)
