@@ -39,7 +39,7 @@ import torch
 from transformers import BertConfig
 
 from peftscape.search import guarded
-from peftscape.search.backbone import Backbone
+from peftscape.search.backbone import Backbone, has_bfloat16
 from peftscape.search.cohort import Cohort
 from peftscape.search.config import BudgetConfig, ModelConfig, SearchConfig, SearchSettings
 from peftscape.search.database import one_transaction
@@ -81,9 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = {}
     if "sizes" in args.parts:
-        found["sizes"] = [sizes(hidden, args.lanes, args.steps) for hidden in args.hidden]
+        found["sizes"] = [sizes(hidden, dtype, args.lanes, args.steps) for hidden in args.hidden for dtype in dtypes()]
     if "operations" in args.parts:
-        found["operations"] = operations(args.steps)
+        found["operations"] = [operations(dtype, args.steps) for dtype in dtypes()]
     if "thread" in args.parts:
         found["thread"] = in_a_thread(args.known, args.steps)
     if "overhead" in args.parts:  # last, for it takes the training out of cohorts
@@ -96,6 +96,11 @@ def main() -> None:
         "versions": versions(),
     }
     args.out.write_text(json.dumps(result | found, indent=2) + "\n")
+
+
+def dtypes() -> tuple[str, ...]:
+    """In which the backbone is timed: bfloat16 where the processor multiplies it in hardware."""
+    return ("float32", "bfloat16") if has_bfloat16() else ("float32",)
 
 
 # -- the search's own work --------------------------------------------------------------------------------------------
@@ -239,17 +244,18 @@ def _predict(self: Cohort, split: EncodedSplit) -> np.ndarray[Any, Any]:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def sizes(hidden: int, lanes: list[int], steps: int) -> dict[str, Any]:
+def sizes(hidden: int, dtype: str, lanes: list[int], steps: int) -> dict[str, Any]:
     """Milliseconds a lane-step on a random BERT, by lanes."""
     shape = BertConfig(
         hidden_size=hidden, num_hidden_layers=6, num_attention_heads=hidden // 32, intermediate_size=4 * hidden
     )
-    backbone = Backbone.from_config(shape)
+    backbone = Backbone.from_config(shape, dtype=dtype)
     random = np.random.default_rng(0)
     ids = [random.integers(5, shape.vocab_size, TOKENS) for _ in range(8 * BATCH)]
     split = EncodedSplit(ids, None, np.zeros(len(ids), dtype=np.int64), 0, np.full(len(ids), TOKENS))
     cohort = Cohort(backbone, Head(backbone, kind="mean", outputs=2), split, batch_size=BATCH)
-    row: dict[str, Any] = {"hidden": hidden, "parameters": backbone.sites.parameters, "ms a lane-step": {}}
+    row: dict[str, Any] = {"hidden": hidden, "dtype": dtype, "parameters": backbone.sites.parameters}
+    row["ms a lane-step"] = {}
     for count in lanes:
         row["ms a lane-step"][count] = 1000 * median_step(cohort, count, steps) / count
     print(json.dumps(row), flush=True)
@@ -276,9 +282,9 @@ def admit(cohort: Cohort, count: int, steps: int) -> None:
     )
 
 
-def operations(steps: int) -> dict[str, Any]:
+def operations(dtype: str, steps: int) -> dict[str, Any]:
     """Where the time of a step of 8 LoRA lanes on MiniLM goes."""
-    session = minilm()
+    session = minilm(dtype)
     cohort = session.cohort()
     seconds = median_step(cohort, 8, steps)
     admit(cohort, 8, steps)
@@ -290,6 +296,7 @@ def operations(steps: int) -> dict[str, Any]:
     total = sum(own.values())
     floor = 2 * forward_floor(session, 8)  # the backward needs as much again: weights are frozen, inputs are not
     row = {
+        "dtype": dtype,
         "ms a step": 1000 * seconds,
         "share in matrix products": sum(own.get(name, 0.0) for name in PRODUCTS) / total,
         "largest": {name: round(value / total, 4) for name, value in Counter(own).most_common(12)},
@@ -301,11 +308,11 @@ def operations(steps: int) -> dict[str, Any]:
 
 
 @cache
-def minilm() -> Session:
+def minilm(dtype: str = "float32") -> Session:
     """MiniLM on TREC-6, read once."""
     config = SearchConfig(
         task=TaskConfig(name="trec6"),
-        model=ModelConfig(source="minilm", dtype="float32"),
+        model=ModelConfig(source="minilm", dtype=dtype),  # type: ignore[arg-type]
         search=SearchSettings(batch_size=BATCH),
     )
     return open_session(config)
@@ -319,11 +326,13 @@ def forward_floor(session: Session, lanes: int) -> float:
     shapes[config.intermediate_size, config.hidden_size] += 1
     total = 0.0
     for (d_in, d_out), count in shapes.items():
-        x, weight = torch.randn(rows, d_in), torch.randn(d_out, d_in)
+        x, weight, y = (
+            torch.randn(n, m).to(session.backbone.dtype) for n, m in ((rows, d_in), (d_out, d_in), (rows, d_out))
+        )
         seconds = []
-        for _ in range(6):
+        for _ in range(12):
             started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
+            torch.mm(x, weight.T, out=y)  # an array of its own each time would be timed with it
             seconds.append(time.perf_counter() - started)
         total += count * config.num_hidden_layers * statistics.median(seconds[1:])
     return total

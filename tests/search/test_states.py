@@ -180,3 +180,26 @@ def test_passes_keep_their_arrays_small_and_train_as_one(monkeypatch: pytest.Mon
     assert len(passes[1]) == 3
     assert max(passes[1]) == 2
     assert trained[1] == pytest.approx(trained[0], rel=1e-9)
+
+
+def test_evaluation_keeps_its_arrays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of three lanes where the longest text of each just fits: logits are those of one pass."""
+    base, on_top, texts = backbone("bert", "float64"), head("bert", "float64"), split()
+    token = base.sites.d_ff * base.dtype.itemsize
+    shared = Cohort(base, on_top, texts, batch_size=BATCH)
+    shared.admit(*(lane(designs("bert")[1], seed, "bert") for seed in range(3)))
+    whole = shared.predict(texts)
+    monkeypatch.setattr("peftscape.search.cohort.LARGEST", 3 * int(texts.lengths.max()) * token)
+    seen: list[int] = []
+    packed = shared.packed
+
+    def counted(examples: Any, texts: Any) -> Any:
+        batch = packed(examples, texts)
+        seen.append(batch.ids.numel())
+        return batch
+
+    monkeypatch.setattr(shared, "packed", counted)
+    assert shared.predict(texts) == pytest.approx(whole, rel=1e-9)
+    shared.close()
+    assert max(seen) <= 3 * int(texts.lengths.max())
+    assert 1 < len(seen) < len(texts)  # short texts still go together
