@@ -1,16 +1,19 @@
 """Optuna's TPE, which looks at a study once for each trial that it suggests, not once for each group of its knobs.
 
-With groups and `constant_liar` TPE reads all trials, ranks them and divides them into good and bad anew for every
-group: of the preset `unified` that is two dozen times a trial, and most of the time that asking takes. Whoever asks
-here holds the study's lock, so nothing changes in between.
+With groups and `constant_liar` TPE reads all trials, ranks them, divides them into good and bad and looks through all
+their knobs anew for every group: of the preset `unified` that is two dozen times a trial, and most of the time that
+asking takes. Whoever asks here holds the study's lock, so nothing changes in between.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Sequence
 from typing import Any, cast
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_gamma_multiobjective
@@ -22,6 +25,7 @@ class ReadOnce:
 
     def __init__(self, study: optuna.Study, known: Sequence[FrozenTrial] | None = None) -> None:
         self._study, self._trials = study, known
+        self._chosen: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -31,17 +35,34 @@ class ReadOnce:
     ) -> list[FrozenTrial]:
         if self._trials is None:
             self._trials = self._study.get_trials(deepcopy=False)
-        return [trial for trial in self._trials if states is None or trial.state in states]
+        wanted = tuple(TrialState) if states is None else tuple(s for s in TrialState if s in states)
+        if wanted not in self._chosen:
+            self._chosen[wanted] = [trial for trial in self._trials if trial.state in wanted]
+        return self._chosen[wanted]
 
 
-class OfEachKind(ReadOnce):
-    """A study with the first trial of each set of knobs: all that finding groups takes."""
+class Groups:
+    """The knobs that all trials have or lack together, in Optuna's order, as sets of bits."""
 
-    def _get_trials(self, *args: Any, **more: Any) -> list[FrozenTrial]:
-        found: dict[frozenset[str], FrozenTrial] = {}
-        for trial in super()._get_trials(*args, **more):
-            found.setdefault(frozenset(trial.distributions), trial)
-        return list(found.values())
+    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+        kinds: dict[frozenset[str], FrozenTrial] = {}
+        for trial in trials:
+            kinds.setdefault(frozenset(trial.distributions), trial)
+        knobs = {name: knob for trial in reversed(kinds.values()) for name, knob in trial.distributions.items()}
+        bits = {name: 1 << i for i, name in enumerate(knobs)}
+        found: list[int] = []
+        for kind in kinds:
+            left = sum(bits[name] for name in kind)
+            cut = []
+            for group in found:
+                cut += [group & left, group & ~left]
+                left &= ~group
+            found = [group for group in (*cut, left) if group]
+        self.search_spaces = [{name: knobs[name] for name in knobs if bits[name] & group} for group in found]
+
+    def calculate(self, study: optuna.Study, use_cache: bool = False) -> Groups:
+        """What Optuna asks for its groups."""
+        return self
 
 
 class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
@@ -54,15 +75,19 @@ class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
     def __init__(self, *, known: Sequence[FrozenTrial] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._known = known
+        self._columns: dict[int, dict[str, dict[int, Any]]] = {}  # of each half: what each knob is in which trials
 
     #: The good and the bad trials, once they are known.
     _halves: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See the parent class."""
-        found: dict[str, BaseDistribution] = super().infer_relative_search_space(
-            cast(optuna.Study, OfEachKind(study, self._known)), trial
-        )
+        once = ReadOnce(study, self._known)
+        if self._group:
+            self._group_decomposed_search_space = Groups(
+                once._get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+            )
+        found: dict[str, BaseDistribution] = super().infer_relative_search_space(cast(optuna.Study, once), trial)
         return found
 
     def sample_relative(
@@ -92,3 +117,20 @@ class TPE(TPESampler):  # type: ignore[misc]  # Optuna is not type-checked here
         count = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
         found: tuple[list[FrozenTrial], list[FrozenTrial]] = _split_trials(study, others, count(ended))
         return found
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: optuna.Study
+    ) -> dict[str, NDArray[Any]]:
+        """What these trials have for all of these knobs, knob by knob."""
+        columns = self._columns.get(id(trials))
+        if columns is None:
+            columns = self._columns[id(trials)] = defaultdict(dict)
+            for row, trial in enumerate(trials):
+                for name, value in self._get_params(trial, study).items():
+                    columns[name][row] = value
+        first, *others = (columns[name] for name in search_space)
+        rows = [row for row in first if all(row in other for other in others)]
+        return {
+            name: np.asarray([knob.to_internal_repr(columns[name][row]) for row in rows])
+            for name, knob in search_space.items()
+        }
