@@ -1,4 +1,4 @@
-"""What `kernels.py` measures: each operation at one size, and the ways to do it.
+"""What `kernel_times.py` measures: each operation at one size, and the ways to do it.
 
 The same equation as the kernel computes in plain torch (`torch`), `torch.compile` of that, and what HF peft's users run
 (`peft`): its own module, lane after lane.

@@ -48,6 +48,7 @@ class Groups:
         kinds: dict[frozenset[str], FrozenTrial] = {}
         for trial in trials:
             kinds.setdefault(frozenset(trial.distributions), trial)
+        # Of a knob whose domain changed, the first counts, as it does for Optuna.
         knobs = {name: knob for trial in reversed(kinds.values()) for name, knob in trial.distributions.items()}
         bits = {name: 1 << i for i, name in enumerate(knobs)}
         found: list[int] = []
