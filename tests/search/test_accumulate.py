@@ -124,7 +124,11 @@ def test_a_lane_that_does_not_fit_alone_runs_in_parts() -> None:
     assert_alike(found, wanted)
     np.testing.assert_allclose(scarce, logits, rtol=1e-9)
     assert cohort.tried[:8] == [(1, 2)] * 8, "what did not fit is not tried again"  # type: ignore[attr-defined]
-    assert sorted(cohort.memory.cuts.values()) == [4, 4, 32, 32]
+    both, *alone = [texts for _, texts in cohort.tried[8:]]  # type: ignore[attr-defined]
+    halvings = sum(texts > Scarce.evaluated for texts in alone) // 2
+    assert both == len(split())
+    assert sorted(cohort.memory.cuts.values()) == [4, 4, 2**halvings, 2**halvings]
+    assert sum(texts for texts in alone if texts <= Scarce.evaluated) == 2 * len(split()), "each text once a lane"
     assert cohort.memory.width is None
 
 
