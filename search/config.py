@@ -118,7 +118,7 @@ class SearchSettings:
         rungs: how often a training is compared with the others on its way, at the fractions factor^-rungs, ...,
             factor^-1 of its length; one in `factor` goes on from there. 0: every design is trained to the end.
         factor: see `rungs`.
-        rung_rule: which go on: `like-cost`, `crowding`, `epsilon-net` or `quality` (`search.rung_rules`).
+        rung_rule: which go on: `crowding`, `like-cost`, `epsilon-net` or `quality` (`search.rung_rules`).
         brackets: of Hyperband; bracket b is first compared at its rung b + 1. 1: all are compared at the first.
         memory_limit: what the weights and the lanes may take together, `"6GB"`; most of what is free where it is not
             given.
@@ -141,7 +141,7 @@ class SearchSettings:
     textbook: bool = True
     rungs: int = _whole(0, least=0, most=8)
     factor: int = _whole(3, least=2, most=10)
-    rung_rule: Literal["like-cost", "crowding", "epsilon-net", "quality"] = "like-cost"
+    rung_rule: Literal["crowding", "like-cost", "epsilon-net", "quality"] = "crowding"
     brackets: int = _whole(1, least=1)
     memory_limit: str | None = _like('"6GB"')
     step_limit: str = "15m"

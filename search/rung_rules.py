@@ -106,7 +106,7 @@ def _net(contenders: Order, reach: Floats) -> Order:
 def crowding(scores: Floats, costs: Floats, errors: Floats) -> Order:
     """Non-dominated rank, then crowding distance, as NSGA-II sorts (Deb et al. 2002, IEEE TEC 6(2)).
 
-    For comparison. With exact costs the cheapest lane is always of the first rank and at its end: it is never stopped.
+    With exact costs the cheapest lane is always of the first rank and at its end: it is never stopped, however bad.
     """
     losses = _losses(scores, costs)
     found: list[int] = []
@@ -165,8 +165,8 @@ def _fronts(losses: Floats) -> Iterable[Order]:
 
 
 RULES: dict[str, Rule] = {
-    "like-cost": like_cost,
     "crowding": crowding,
+    "like-cost": like_cost,
     "epsilon-net": epsilon_net,
     "quality": quality,
 }

@@ -2,8 +2,8 @@
 
 Every lane trains to the first rung. There it is compared with the lanes that got there before it, and of `factor`
 lanes one goes on to the next rung; the others wait, and may be sent on later, when more lanes have come and show that
-they were good after all (ASHA: Li et al. 2018, arXiv:1810.05934, algorithm 2). With several objectives of which all
-but one are known exactly from the start, lanes are compared with lanes of like cost (`rung_rules.like_cost`).
+they were good after all (ASHA: Li et al. 2018, arXiv:1810.05934, algorithm 2). With several objectives the order is
+that of `rung_rules.crowding`, which kept more of the front on recorded curves than the others (docs/stopping.md).
 
     rungs = Rungs(count=2, factor=3)
     rungs.steps(900)                          # (100, 300): where lanes of 900 steps stop to be compared
@@ -93,7 +93,7 @@ class Rungs:
     Args:
         count: rungs before the end, at the fractions factor^-count, ..., factor^-1 of full training.
         factor: of so many lanes of a rung one goes on.
-        rule: in which order lanes go on: `like-cost`, or for comparison `crowding`, `epsilon-net`, `quality`; or a
+        rule: in which order lanes go on: `crowding`, `like-cost`, `epsilon-net` or, for comparison, `quality`; or a
             function of (scores, costs, errors) that returns indices, best first.
         brackets: of Hyperband (Li et al. 2016, arXiv:1603.06560): bracket b is first compared at rung b, and each
             gets the same work. One is plain successive halving.
@@ -108,7 +108,7 @@ class Rungs:
         *,
         count: int = 2,
         factor: int = 3,
-        rule: str | Rule = "like-cost",
+        rule: str | Rule = "crowding",
         brackets: int = 1,
         waiting: int | None = None,
     ) -> None:

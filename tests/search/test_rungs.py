@@ -180,7 +180,7 @@ def test_a_lane_that_goes_on_is_among_the_best_of_its_like_cost_peers() -> None:
             for i, e in enumerate(entries)
         ]
         places = len(entries) // 3
-        gone = [k for k, v in Rungs().decide(0, entries).items() if v is GO_ON]
+        gone = [k for k, v in Rungs(rule="like-cost").decide(0, entries).items() if v is GO_ON]
         by_gap = sorted(range(len(entries)), key=lambda i: -gaps[i])[: max(places, 1)]
         by_score = sorted((e.scores[0] for e in entries), reverse=True)[: places // 3 + 1]
         least = min(gaps[i] for i in by_gap)
@@ -237,7 +237,7 @@ def test_a_score_that_is_no_number_stops_its_lane_alone() -> None:
 
 def test_so_many_wait_and_the_rest_stop() -> None:
     entries = cohort(3)
-    ranked = like_cost(*data(3)).tolist()
+    ranked = crowding(*data(3)).tolist()
     places = len(entries) // 3
     verdicts = Rungs(waiting=4).decide(0, entries)
     assert {k for k, v in verdicts.items() if v is WAIT} == set(ranked[places : places + 4])
@@ -268,7 +268,7 @@ def test_one_goes_on_without_a_place_where_it_is_needed() -> None:
 def test_what_waits_behind_too_many_or_below_a_floor_that_came_later_is_stopped() -> None:
     for seed in SEEDS:
         entries = cohort(seed)
-        ranked = like_cost(*data(seed)).tolist()
+        ranked = crowding(*data(seed)).tolist()
         last = len(entries) // 3 + 4
         assert set(Rungs(waiting=4).stopped(entries)) == set(ranked[last:])
         floor = Entry(key=100, costs=(5.0,), scores=(0.6,), floor=True)
