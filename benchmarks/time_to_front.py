@@ -1,6 +1,7 @@
 """How long until a front is as good: Optuna, `Trainer` and HF peft against peftscape, the same time for each.
 
     python benchmarks/time_to_front.py [--minutes 20] [--seeds 3] [--examples 640] [--retests 2] [--rungs 0]
+        [--dtype float32]
 
 Three searches for each seed of the search, on MiniLM and TREC-6:
 
@@ -8,10 +9,10 @@ Three searches for each seed of the search, on MiniLM and TREC-6:
 - peftscape, same space: what the engine gives.
 - peftscape, `unified`: what the space gives beside it.
 
-Every design that was on a search's front at some time (by its validation score) is trained again with fresh seeds, all
-by peftscape, and scored on the test data. Hypervolume over time is of these scores against log cost, from a fixed
-reference. The clocks start with the first trial; peftscape pays for reading the model out of its time. Writes
-`results/time_to_front.json`.
+With `--dtype bfloat16` both sides compute in it, `Trainer` by autocast. Every design that was on a search's front at
+some time (by its validation score) is trained again with fresh seeds, all by peftscape, and scored on the test data.
+Hypervolume over time is of these scores against log cost, from a fixed reference. The clocks start with the first
+trial; peftscape pays for reading the model out of its time. Writes `results/time_to_front.json`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=500)
     parser.add_argument("--retests", type=int, default=2)
     parser.add_argument("--rungs", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--reference", type=float, default=0.25, help="accuracy from which hypervolume counts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "time_to_front.json")
     args = parser.parse_args()
@@ -85,7 +87,7 @@ def main() -> None:
     searches: dict[str, list[list[Point]]] = {"Trainer": [], "peftscape, same space": [], "peftscape, unified": []}
     for seed in range(args.seeds):
         runs = {
-            "Trainer": lambda seed=seed: theirs(session, base, seconds, seed),
+            "Trainer": lambda seed=seed: theirs(session, base, seconds, seed, bf16=args.dtype == "bfloat16"),
             "peftscape, same space": lambda seed=seed: ours(config_of(args, FULL_DEPTH, seed=seed), seconds),
             "peftscape, unified": lambda seed=seed: ours(config_of(args, "unified", seed=seed), seconds),
         }
@@ -121,7 +123,7 @@ def config_of(args: argparse.Namespace, space: Any, *, seed: int) -> SearchConfi
     return SearchConfig(
         name="front",
         task=TaskConfig(name="trec6", validation_size=args.validation),
-        model=ModelConfig(source="minilm", dtype="float32"),
+        model=ModelConfig(source="minilm", dtype=args.dtype),
         space=space,
         search=SearchSettings(
             batch_size=args.batch, examples=args.examples, seed=seed, textbook=False, retest_seeds=0, rungs=args.rungs
@@ -146,7 +148,7 @@ def ours(config: SearchConfig, seconds: float) -> list[Point]:
     ]
 
 
-def theirs(session: Session, base: Any, seconds: float, seed: int) -> list[Point]:
+def theirs(session: Session, base: Any, seconds: float, seed: int, *, bf16: bool) -> list[Point]:
     """What an Optuna study trains with `Trainer` in this time; a trial that ends too late does not count."""
     study = optuna.create_study(directions=list(WAYS))
     space = read_space(FULL_DEPTH, session.backbone.sites)
@@ -157,7 +159,7 @@ def theirs(session: Session, base: Any, seconds: float, seed: int) -> list[Point
         trial = study.ask()
         design = space.suggest(trial)
         assert expressible(session, design) is not None
-        score = trained(session, base, design, seed, dropout=True)
+        score = trained(session, base, design, seed, dropout=True, bf16=bf16)
         cost = design_costs(session, design).trainable
         study.tell(trial, [score, cost])
         end_s = time.perf_counter() - started
