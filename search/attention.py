@@ -65,7 +65,7 @@ class Prefix:
             keys, values = stacked(self.keys, dtype), stacked(self.values, dtype)
             lengths = on_device(self.lengths, keys.device)
             inside = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
-            hidden = torch.zeros((), dtype=dtype).where(inside, torch.finfo(dtype).min)[:, None, None, :]
+            hidden = _bias(inside, dtype)[:, None, None, :]
             self._padded = keys, values, hidden
         return self._padded
 
@@ -132,6 +132,12 @@ def attend(
     return flat.view(lanes, tokens, heads, width), None
 
 
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where attention is allowed, the least number elsewhere."""
+    # Made on the device: `where` would bring a number of the processor there, and wait.
+    return torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, torch.finfo(dtype).min)
+
+
 def _to_rows(x: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     """lanes x heads x tokens x head_dim to rows x heads x length x head_dim, an array for each length class."""
     lanes, heads, tokens, width = x.shape
@@ -162,7 +168,7 @@ def _attend_class(
     elif window := more.get("sliding_window"):  # both ways, as EmbeddingGemma's
         place = torch.arange(rows.length, device=q.device)
         allowed = allowed & ((place[:, None] - place).abs() < window)
-    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
+    bias = _bias(allowed, q.dtype)
     softcap = more.get("softcap")
     keys, values = ([t for p in prefixes for t in p.own[i]] for i in (0, 1))
     one_way = run.causal or not more.get("sliding_window")
@@ -193,7 +199,7 @@ def _attend_following(
     if more.get("sliding_window"):
         place = torch.arange(rows.length, device=q.device)
         allowed = allowed & (rows.valid.sum(dim=1, keepdim=True) - 1 - place < more["sliding_window"])
-    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)[:, None, None, :]
+    bias = _bias(allowed, q.dtype)[:, None, None, :]
     # Heads of queries that share a head of keys stand where a text's tokens do: no key is written twice.
     grouped = q.view(len(q), k.shape[1], -1, width)
     bias = bias.expand(-1, -1, grouped.shape[2], -1)
@@ -217,7 +223,7 @@ def _attend_padded(
         before = k.shape[2] - q.shape[2]  # keys that were kept, of texts that are equally long
         place = torch.arange(k.shape[2], device=q.device)
         allowed = nn.functional.pad(allowed, (before, 0), value=True) & (place[before:, None] >= place)
-    bias = torch.zeros((), dtype=q.dtype).where(allowed, torch.finfo(q.dtype).min)
+    bias = _bias(allowed, q.dtype)
     if more.get("position_bias") is not None:
         bias = bias + more["position_bias"]
     bias = bias.expand(-1, -1, q.shape[2], -1)

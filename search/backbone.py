@@ -194,8 +194,15 @@ class Backbone:
                 module.peftscape_site = site  # type: ignore[assignment]
                 if getattr(module, "has_relative_attention_bias", False):
                     self.attending.relative[site.stack] = module
+        # transformers would look into every input whether it begins or ends with padding, which waits for the device,
+        # and say that a mask is missing, which packed texts do not need.
+        self.model.warn_if_padding_and_no_attention_mask = _looks_at_nothing  # type: ignore[assignment]
         # Each model object has a configuration of its own: the one the modules read is set through the model.
         self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+
+
+def _looks_at_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """In the place of transformers' look for padding."""
 
 
 def normaliser(norm: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftscape.search.fixed import fixed
 from peftscape.search.forward import Forward
+from peftscape.search.laid import Laid
 from peftscape.search.lane import HEAD, Lane
 from peftscape.search.losses import gradients, in_parts, mean_losses
 from peftscape.search.packing import Batch, LaneBatch, pack
 from peftscape.search.seq2seq import decoder_start, pack_pairs
 from peftscape.search.update import update
+from peftscape.spaces.ops.device import on_device
 
 if TYPE_CHECKING:
     from peftscape.search.backbone import Backbone
+    from peftscape.search.graphed import Graphs
     from peftscape.search.head import Head
     from peftscape.search.states import StateCache
     from peftscape.search.task import EncodedSplit
@@ -49,6 +54,7 @@ class Cohort:
             for the tokens alone that the head reads.
         passes: in which a step's examples run, one after the other; their gradients add up to those of one pass.
         checkpointing: whether a layer keeps what enters it alone, and runs again in the backward.
+        graphs: with them, steps of layouts and shapes that come back are captured and replayed.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Cohort:
         cache: StateCache | None = None,
         passes: int = 1,
         checkpointing: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self.backbone, self.head, self.train = backbone, head, train
         self.batch_size, self.regression = batch_size, regression
@@ -69,16 +76,18 @@ class Cohort:
         self.passes, self.cuts = passes, 1  # in how many parts each pass runs where it does not fit
         self.forward = Forward(backbone, checkpointing=checkpointing)
         self.cache = None if backbone.sites.decoder_layers else cache  # it keeps what enters layers of one stack
+        self.graphs = graphs
+        self._laid: Laid | None = None
 
     def admit(self, *lanes: Lane) -> None:
         """Take lanes in."""
-        self.forward.forget()
+        self._forget()
         self._arrange([*self.lanes, *lanes])
 
     def retire(self, *lanes: Lane) -> None:
         """Let lanes go; they keep their parameters and optimiser and may come back."""
         gone = {id(lane) for lane in lanes}
-        self.forward.forget()
+        self._forget()
         self._arrange([lane for lane in self.lanes if id(lane) not in gone])
 
     def step(self) -> list[float]:
@@ -105,7 +114,9 @@ class Cohort:
 
     def gradients(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
         """Add the gradients of a step on these examples to the lanes' tensors, in `passes`; the losses of the lanes."""
-        return gradients(self, examples, self.passes * self.cuts)
+        passes = self.passes * self.cuts
+        captured = self.graphs.gradients(self, examples) if self.graphs is not None and passes == 1 else None
+        return gradients(self, examples, passes) if captured is None else captured
 
     def parts(self, examples: Sequence[np.ndarray[Any, Any]]) -> Iterator[Tensor]:
         """The sum of all lanes' losses, pass by pass, each with its graph."""
@@ -149,14 +160,41 @@ class Cohort:
         """What runs the backbone: last hidden states, of which texts, and whether of the tokens alone that are read."""
         for lane in self.lanes:
             lane.unfold(training, again)
-        batch = self.packed(examples, split).to(self.backbone.device)
-        start, given, read = 0, {}, None
-        if self.cache is not None:
-            start = min(map(self.cache.start, self.lanes))
-            below = {start, *(n for n in self.forward.rungs if n < start)}
-            given = self.cache.states(self.forward, batch, split, examples, below)
-            read = self.head.reads(batch)
-        return lambda: (self.forward.states(batch, start, given, read), batch, read is not None)
+        laid = self._laid or self.laid_out(examples, split)
+        read = self.head.reads(laid.batch) if laid.cached else None
+        return lambda: (
+            self.forward.states(laid.batch, laid.start, laid.given, read), laid.batch, read is not None,
+        )  # fmt: skip
+
+    def laid_out(
+        self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit, *, fixed_shape: bool = False
+    ) -> Laid:
+        """What a pass on these examples reads, on the device; in the shape of its class with the targets."""
+        batch, targets, device = self.packed(examples, split), None, self.backbone.device
+        if fixed_shape:
+            batch = fixed(batch)
+            targets = None if split.scored is not None else on_device(split.targets[np.stack(examples)], device)
+        batch = batch.to(device)
+        if self.cache is None:
+            return Laid(batch, targets=targets)
+        start = min(map(self.cache.start, self.lanes))
+        below = {start, *(n for n in self.forward.rungs if n < start)}
+        return Laid(batch, start, self.cache.states(self.forward, batch, split, examples, below), True, targets)
+
+    @contextmanager
+    def given(self, laid: Laid) -> Iterator[None]:
+        """Within, passes read this, whatever examples they are asked for."""
+        self._laid = laid
+        try:
+            yield
+        finally:
+            self._laid = None
+
+    def targets(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+        """lanes x examples, those of the training data."""
+        if self._laid is not None and self._laid.targets is not None:
+            return self._laid.targets
+        return on_device(self.train.targets[np.stack(examples)], self.backbone.device)
 
     def packed(self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit) -> Batch:
         """How these examples lie in one input, on the CPU."""
@@ -225,8 +263,14 @@ class Cohort:
 
     def close(self) -> None:
         """Take all hooks off the backbone."""
-        self.forward.forget()
+        self._forget()
         self._arrange([])
+
+    def _forget(self) -> None:
+        """Lanes are about to come or go: hold on to none of them."""
+        self.forward.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def _passes(self, lanes: Sequence[Lane]) -> list[list[Lane]]:
         """Which lanes run together; with a cache, those that begin at higher layers may go by themselves."""

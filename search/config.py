@@ -111,6 +111,7 @@ class SearchSettings:
         gradient_accumulation_steps: passes in which a lane's `batch_size` examples run, one after the other. The
             update is that of one pass, in less memory.
         gradient_checkpointing: whether layers keep their input alone, and run again in the backward.
+        cuda_graphs: whether steps of lanes and lengths that come back are captured and replayed.
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
         further_seeds: seeds beyond these, for all designs together; one by one to where a place on the front is open.
@@ -135,6 +136,7 @@ class SearchSettings:
     lanes: int = _whole(8, least=1)
     gradient_accumulation_steps: int = _whole(1, least=1)
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
     seeds: int = _whole(1, least=1)
     retest_seeds: int = _whole(5, least=0)
     further_seeds: int = _whole(0, least=0)

@@ -59,6 +59,8 @@ def value_errors(config: SearchConfig, broken: frozenset[str] = frozenset()) -> 
     if config.search.gradient_accumulation_steps > config.search.batch_size:
         least = f"at most search.batch_size, {config.search.batch_size}, was expected"
         errors.append(f"search.gradient_accumulation_steps: {least}, not {config.search.gradient_accumulation_steps}")
+    if config.search.cuda_graphs and "model.device" not in broken and not config.model.device.startswith("cuda"):
+        errors.append(f'search.cuda_graphs: they need model.device = "cuda", not "{config.model.device}"')
     errors += _rungs(config.search)
     if config.search.sampler == "s3delta" and not {"space", "search.sampler"} & broken:
         errors += _s3delta(config, sites)

@@ -35,7 +35,7 @@ class Forward:
     def __init__(self, backbone: Backbone, *, checkpointing: bool = False) -> None:
         self.backbone, self.checkpointing = backbone, checkpointing
         self.lanes = 0
-        self._stages: list[Stage] = []
+        self.stages: list[Stage] = []
         self._known: dict[tuple[int, ...], tuple[tuple[Lane, ...], list[Stage]]] = {}
         self._folded: list[Stage] = []  # of them those that need no hook
         self._hooks: list[RemovableHandle] = []
@@ -135,7 +135,7 @@ class Forward:
         if not self.checkpointing or not torch.is_grad_enabled():
             return nullcontext()
         read = self._read
-        groups = [group for stage in self._stages for group in stage.groups if group.placement.expands]
+        groups = [group for stage in self.stages for group in stage.groups if group.placement.expands]
         seen = [(row, dict(row)) for group in groups for row in group.members]
 
         @contextmanager
@@ -167,7 +167,7 @@ class Forward:
 
     def _climbed(self, states: Tensor, batch: Batch) -> Tensor:
         """The last states, and in their place what side networks give, for the lanes that have one."""
-        for stage in self._stages:
+        for stage in self.stages:
             if stage.site.kind == "ladder":
                 sizes, who = stage.segments(self.lanes)
                 states = _join(
@@ -236,7 +236,7 @@ class Forward:
         return group.gate(x, x.dtype, batch)
 
     def _groups(self, kind: str) -> list[Group]:
-        return [group for stage in self._stages if stage.site.kind == kind for group in stage.groups]
+        return [group for stage in self.stages if stage.site.kind == kind for group in stage.groups]
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -250,13 +250,13 @@ class Forward:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._stages = self._stages_of(lanes)
-        self._folded = foldable(lanes, self._stages, self.backbone) if fold else []
+        self.stages = self._stages_of(lanes)
+        self._folded = foldable(lanes, self.stages, self.backbone) if fold else []
         self._model = next((lane.model for lane in lanes if lane.model is not None), self.backbone.model)
         inputs: dict[str, list[Stage]] = {}
         outputs: dict[str, list[Stage]] = {}
         read: dict[str, None] = {}
-        for stage in self._stages:
+        for stage in self.stages:
             if stage.site.kind == "kv" and any(group.placement.gate for group in stage.groups):
                 read[stage.site.path] = None
             if stage.site.kind in ("kv", *EVERYWHERE) or self._folded:
@@ -282,7 +282,7 @@ class Forward:
             else:
                 hook = module.register_forward_hook(self._keep_passed(n))
             self._hooks.append(hook)
-        self._mixed = after_attention(self._stages, self.backbone.sites) if lanes else None
+        self._mixed = after_attention(self.stages, self.backbone.sites) if lanes else None
         if self._mixed is not None:
             module = self._model.get_submodule(self._mixed)
             self._hooks.append(module.register_forward_pre_hook(self._only_read, prepend=True))

@@ -86,9 +86,9 @@ class Head:
         lanes, examples = batch.lanes, batch.examples
         if self.model is None:
             tokens, rows = batch.text
-            sums = states.new_zeros(lanes * examples, states.shape[1]).index_add_(0, rows, states[tokens])
+            sums = states.new_zeros(lanes * examples + 1, states.shape[1]).index_add_(0, rows, states[tokens])
             lengths = (batch.last - batch.first + 1).view(-1, 1)
-            means = (sums / lengths).view(lanes, examples, -1)
+            means = (sums[:-1] / lengths).view(lanes, examples, -1)
             return torch.baddbmm(params["bias"].unsqueeze(1), means, params["weight"].mT)
         read = (states if picked else states[self.reads(batch)]).unsqueeze(1)
         pooled = read[:, 0]

@@ -64,9 +64,9 @@ class LMHead(Head):
         assert batch.scored_rows is not None
         read = states[batch.scored - 1].to(self.backbone.dtype)
         losses = self.token_losses(read, batch.ids.reshape(-1)[batch.scored])
-        sums = losses.new_zeros(batch.lanes * batch.examples, 2)
+        sums = losses.new_zeros(batch.lanes * batch.examples + 1, 2)  # the last is of tokens that fill a fixed shape
         both = torch.stack([losses, torch.ones_like(losses)], dim=1)
-        return sums.index_add(0, batch.scored_rows, both).view(batch.lanes, batch.examples, 2)
+        return sums.index_add(0, batch.scored_rows, both)[:-1].view(batch.lanes, batch.examples, 2)
 
     def token_losses(self, states: Tensor, labels: Tensor) -> Tensor:
         """-log p(label | state) of each token, states tokens x d_model, in float32 or wider."""

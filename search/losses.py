@@ -68,7 +68,7 @@ _Sums = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _examples(cohort: Cohort, examples: Sequence[Examples], *, twice: bool) -> _Sums:
-    targets = on_device(cohort.train.targets[np.stack(examples)], cohort.backbone.device)
+    targets = cohort.targets(examples)
     logits = cohort.logits(examples, cohort.train, training=True)
     losses = _sums(logits, targets, regression=cohort.regression)
     counts = losses.new_full(losses.shape, targets.shape[1])

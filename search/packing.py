@@ -87,7 +87,7 @@ class Batch:
             return self
         moved = {f.name: _to(getattr(self, f.name), device) for f in fields(self)}
         classes = tuple(replace(c, valid=on_device(c.valid, device)) for c in self.classes)
-        return Batch(**{**moved, "classes": classes})
+        return type(self)(**{**moved, "classes": classes})
 
     @property
     def examples(self) -> int:
@@ -114,10 +114,10 @@ class Batch:
             these numbers its place, counted through all classes. What has none gets the number behind the last.
         """
         if heads not in self._places:
-            device, total = self.tokens.device, self.ids.numel()
-            token = torch.full((self.row_slots,), total, device=device).index_copy_(0, self.slots, self.tokens)
+            device, total = self.first.device, self.ids.numel()
             parts, head = [], torch.arange(heads, device=device)[:, None]
-            for c, own in zip(self.classes, torch.split(token, [c.valid.numel() for c in self.classes]), strict=True):
+            sizes = [c.valid.numel() for c in self.classes]
+            for c, own in zip(self.classes, torch.split(self.placed(), sizes), strict=True):
                 number = own.view(len(c.rows), 1, c.length) * heads + head
                 parts.append(number.clamp(max=total * heads).reshape(-1))
             every = torch.cat(parts)
@@ -125,6 +125,11 @@ class Batch:
             back.index_copy_(0, every, torch.arange(len(every), device=device))
             self._places[heads] = tuple(parts), back[:-1]
         return self._places[heads]
+
+    def placed(self) -> Tensor:
+        """The flat token in each place of the padded rows of attention; one behind the last where there is none."""
+        empty = torch.full((self.row_slots,), self.ids.numel(), device=self.tokens.device)
+        return empty.index_copy_(0, self.slots, self.tokens)
 
     @cached_property
     def _places(self) -> dict[int, tuple[tuple[Tensor, ...], Tensor]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from peftscape.search.adapter_folder import Card
 from peftscape.search.backbone import Backbone
+from peftscape.search.graphed import Graphs, cuda_graphs
 from peftscape.search.guarded import Guarded
 from peftscape.search.head import Head, make_head
 from peftscape.search.rungs import Rungs, rungs_of
@@ -56,6 +57,7 @@ class Session:
 
     def cohort(self) -> Guarded:
         """An empty cohort on the training data."""
+        graphs = Graphs(cuda_graphs(self.backbone.device)) if self.config.search.cuda_graphs else None
         return Guarded(
             self.backbone,
             self.head,
@@ -65,6 +67,7 @@ class Session:
             cache=self.states,
             passes=self.config.search.gradient_accumulation_steps,
             checkpointing=self.config.search.gradient_checkpointing,
+            graphs=graphs,
             **self.guards,
         )
 

@@ -30,7 +30,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     How steps are run changes no result beyond rounding, but it does change peak bytes.
     """
     whole = plain(config_from_json(config))
-    engine = ["step_limit", "memory_limit"]
+    engine = ["step_limit", "memory_limit", "cuda_graphs"]
     if "peak_bytes" not in whole["search"]["objectives"]:
         engine += ["gradient_accumulation_steps", "gradient_checkpointing"]
     for key in engine:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,14 +14,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass
+class Constants:
+    """Numbers that stay on a device for as long as a captured step reads them there.
+
+    Args:
+        kept: by their dtype, shape, bytes and device.
+        complete: whether all are there; what is not was to be captured on its way from the processor, and is an error.
+    """
+
+    kept: dict[Any, Tensor] = field(default_factory=dict)
+    complete: bool = False
+
+
+_REMEMBERED: ContextVar[Constants | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remembered(constants: Constants, *, complete: bool = False) -> Iterator[None]:
+    """Within, numbers that were brought to the device before are not brought again."""
+    constants.complete = complete
+    token = _REMEMBERED.set(constants)
+    try:
+        yield
+    finally:
+        _REMEMBERED.reset(token)
+
+
 def on_device(value: Tensor | np.ndarray[Any, Any] | Sequence[int], device: torch.device) -> Tensor:
     """A tensor, an array or numbers on a device: to CUDA from pinned memory, so that the processor goes on."""
     import torch
 
     made = torch.as_tensor(value)
-    if device.type == "cuda" and made.device.type == "cpu":
-        return made.pin_memory().to(device, non_blocking=True)
-    return made.to(device)
+    constants = _REMEMBERED.get()
+    if constants is None or made.device.type != "cpu":
+        return _moved(made, device)
+    key = made.dtype, made.shape, made.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), device
+    if key not in constants.kept:
+        if constants.complete:
+            raise RuntimeError(f"numbers of shape {tuple(made.shape)} come from the processor within a captured step")
+        constants.kept[key] = _moved(made, device)
+    return constants.kept[key]
 
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,3 +62,9 @@ def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -
     import torch
 
     return on_device(torch.tensor(numbers, dtype=dtype), device)
+
+
+def _moved(made: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and made.device.type == "cpu":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)

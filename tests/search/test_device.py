@@ -25,12 +25,14 @@ from contract import (
     train,
 )  # fmt: skip
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
 from peftscape.search.head import Head
 from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
+from peftscape.spaces.ops.device import Constants, remembered
 
 #: What cannot go on before the device has answered.
 WAITING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select", "aten.unique")
@@ -59,6 +61,24 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Brought(TorchDispatchMode):
+    """Finds what comes from the processor: CUDA waits for it, where it does not lie in pinned memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        here = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        there = {t.device.type for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        # An operation element by element takes one number from the processor with its call; `where` copies it first.
+        copies = str(func).startswith(("aten._to_copy", "aten.copy_", "aten.where", "aten.index"))
+        if "cpu" in here and "meta" in there and copies:
+            self.found[str(func)] += 1
+        return out
+
+
 def test_a_step_asks_for_its_losses_and_norms_alone_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Cohort(backbone("llama", "float64"), head("llama", "float64"), split(), batch_size=4)
     shared.admit(*(lane(Design.from_json({"placements": p}), i, "llama") for i, p in enumerate(PLACEMENTS)))
@@ -73,25 +93,36 @@ def test_a_step_asks_for_its_losses_and_norms_alone_and_once(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_forward_and_backward_of_every_method_ask_for_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without values, which cannot be read: but for the two methods that say so."""
-    config = type(CONFIGS[family])(**(CONFIGS[family].to_dict() | {"pad_token_id": None}))  # GPT-2 looks for it
-    nowhere = Backbone.from_config(config, dtype="float32")
+def test_forward_and_backward_of_every_method_ask_for_nothing_and_bring_nothing(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without values, which cannot be read: but for the two methods that say so.
+
+    Nor do they bring anything to the device, once the numbers that stay the same are there.
+    """
+    nowhere = Backbone.from_config(CONFIGS[family], dtype="float32")
     nowhere.model.to("meta")
     on_top = Head(nowhere, kind="class", outputs=OUTPUTS)
     monkeypatch.setattr("peftscape.search.lane.draw", lambda declared, *_: torch.zeros(declared.shape))
-    asking = {}
+    asking, brought = {}, {}
     for name in (name for name, on in PACKED if on == family):
         shared = Cohort(nowhere, on_top, split(), batch_size=BATCH)
         own = new_lane(smallest(name, family), seed=0, steps=STEPS, backbone=nowhere, head=on_top)
         shared.admit(own)
+        examples, constants = [own.examples(BATCH, len(split()))], Constants()
+        laid = shared.laid_out(examples, split(), fixed_shape=True)
         try:
-            shared.gradients([own.examples(BATCH, len(split()))])
+            with remembered(constants), shared.given(laid):
+                shared.gradients(examples)
             assert any(value.grad is not None for value in own.params.values()), name
+            with remembered(constants, complete=True), shared.given(laid.anew()), Brought() as brings:
+                shared.gradients(examples)
+            brought |= {name: brings.found} if brings.found else {}
         except (RuntimeError, NotImplementedError) as error:
             asking[name] = str(error)
         finally:
             shared.close()
+    assert brought == {}
     assert set(asking) == set(ASKING) & {name for name, on in PACKED if on == family}, asking
 
 
