@@ -5,9 +5,10 @@
 
 Llama-3.2-1B's shape (2048 wide, 16 layers, 32 heads, 8 of keys, FFN 8192, vocabulary 128256) in bfloat16, a
 classifier on the last token, texts of one length. One row for each setting of PEFTSCAPE_KERNELS: with kernels forced
-on, as the tables choose (auto), and off; one for peft, whose model is transformers' own with its default attention,
-stepped once for every lane. Seconds are medians of whole steps (forward, backward, clipping, AdamW), the device waited
-for. The first losses are compared, so that both sides are seen to do the same work.
+on, as the tables choose (auto), and off; one for CUDA graphs of the step without kernels; one for peft, whose model is
+transformers' own with its default attention, stepped once for every lane. Seconds are medians of whole steps (forward,
+backward, clipping, AdamW), the device waited for. The first losses are compared, so that both sides are seen to do the
+same work.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from peftscape.search.backbone import Backbone
 from peftscape.search.cohort import Cohort
 from peftscape.search.encoding import EncodedSplit
+from peftscape.search.graphed import Graphs, cuda_graphs
 from peftscape.search.head import Head
 from peftscape.search.lane import Lane, new_lane
 from peftscape.spaces.design import Design
@@ -66,6 +68,8 @@ def main() -> None:
     with torch.device(device):
         backbone = Backbone.from_config(LlamaConfig(**(TINY if args.tiny else LLAMA_1B)), dtype=dtype)
     rows = [ours(setting, backbone, args) for setting in (("auto",) if args.tiny else ("on", "auto", "off"))]
+    if not args.tiny:
+        rows.append(ours("off", backbone, args, Graphs(cuda_graphs(device))))
     rows.append(peft_loop(backbone, args))
     for row in rows:
         row["times_as_fast_as_peft"] = rows[-1]["seconds"] / row["seconds"]
@@ -83,19 +87,20 @@ def main() -> None:
         out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def ours(setting: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, Any]:
+def ours(setting: str, backbone: Backbone, args: argparse.Namespace, graphs: Graphs | None = None) -> dict[str, Any]:
     """A cohort's step, under one setting of PEFTSCAPE_KERNELS."""
     os.environ["PEFTSCAPE_KERNELS"] = setting
     head = Head(backbone, kind="class", outputs=OUTPUTS)
     lanes = [lane(i, backbone, head, args) for i in range(args.lanes)]
-    cohort = Cohort(backbone, head, texts(backbone, args.tokens), batch_size=1)
+    cohort = Cohort(backbone, head, texts(backbone, args.tokens), batch_size=1, graphs=graphs)
     cohort.admit(*lanes)
     seconds, peak = timed(cohort.step, args.steps, backbone.device)
     cohort.close()
     if failed := [one.failure for one in lanes if one.failure]:
         raise RuntimeError(f"{len(failed)} lanes failed: {failed[0]}")
     return {
-        "how": f"cohort, PEFTSCAPE_KERNELS={setting}", "kernels": sorted(lanes[0].kernels), "seconds": seconds,
+        "how": f"cohort, PEFTSCAPE_KERNELS={setting}" + (", CUDA graphs" if graphs else ""),
+        "replayed": graphs.replayed if graphs else 0, "kernels": sorted(lanes[0].kernels), "seconds": seconds,
         "peak_bytes": peak, "first_loss": lanes[0].losses[0],
     }  # fmt: skip
 
