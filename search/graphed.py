@@ -83,6 +83,10 @@ class Graphs:
         layout = self._layout(cohort)
         if layout is None:
             return None
+        stages = cohort.forward.stages
+        if layout not in self._slots:
+            self._slots[layout] = Slots.of(cohort.lanes, stages)
+        self._slots[layout].take(cohort.lanes, stages)  # from the first run on: kernels' tables tell addresses
         laid = cohort.laid_out(examples, cohort.train, fixed_shape=True)
         key = layout, laid.shape
         step = self._steps.get(key)
@@ -92,10 +96,6 @@ class Graphs:
             with remembered(step.constants), cohort.given(laid):
                 return gradients(cohort, examples, 1)
         self._steps.move_to_end(key)
-        stages = cohort.forward.stages
-        if layout not in self._slots:
-            self._slots[layout] = Slots.of(cohort.lanes, stages)
-        self._slots[layout].take(cohort.lanes, stages)
         step.inputs.copy_(laid)
         if step.replay is None and not self._captured(cohort, step, examples):
             self._refused.add(layout)
@@ -175,7 +175,7 @@ def _layout(cohort: Cohort) -> Hashable:
     ]  # fmt: skip
     lanes = [
         ([(key, value.shape, value.dtype) for key, value in zip([*lane.params, *lane.fixed], held(lane), strict=True)],
-         [p.method for p in lane.design.placements if type(p.method).penalty is not Method.penalty or p.expands])
+         [p for p in lane.design.placements if type(p.method).penalty is not Method.penalty or p.expands])
         for lane in cohort.lanes
     ]  # fmt: skip
     return repr(stages), repr(lanes)

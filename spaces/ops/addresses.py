@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from peftscape.spaces.ops.device import upload
+from peftscape.spaces.ops.device import keep, upload
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,7 @@ def table(key: Any, device: torch.device, make: Callable[[], dict[str, Sequence[
             _TABLES.popitem(last=False)
     else:
         _TABLES.move_to_end((device, key))
+    keep(found.values())
     return found
 
 

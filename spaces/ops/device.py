@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,10 +20,12 @@ class Constants:
 
     Args:
         kept: by their dtype, shape, bytes and device.
+        held: what else is to stay.
         complete: whether all are there; what is not was to be captured on its way from the processor, and is an error.
     """
 
     kept: dict[Any, Tensor] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
     complete: bool = False
 
 
@@ -55,6 +57,13 @@ def on_device(value: Tensor | np.ndarray[Any, Any] | Sequence[int], device: torc
             raise RuntimeError(f"numbers of shape {tuple(made.shape)} come from the processor within a captured step")
         constants.kept[key] = _moved(made, device)
     return constants.kept[key]
+
+
+def keep(tensors: Iterable[Tensor]) -> None:
+    """Let a captured step that reads these hold them."""
+    constants = _REMEMBERED.get()
+    if constants is not None:
+        constants.held.extend(tensors)
 
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
