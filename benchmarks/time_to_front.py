@@ -215,18 +215,19 @@ def volume(members: list[Point], tests: dict[str, float], corner: tuple[float, f
 
 
 def summary(curves: dict[str, list[list[float]]], grid: list[float]) -> dict[str, Any]:
-    """Final hypervolumes, and when each side first had the opponent's final one, as means over seeds."""
+    """Final hypervolumes, and when each side first had the opponent's final one or nearly, as means over seeds."""
     aim = float(np.mean([run[-1] for run in curves["Trainer"]]))
     found: dict[str, Any] = {}
     for name, runs in curves.items():
         mean = np.mean(runs, axis=0)
-        reached = [t for t, value in zip(grid, mean, strict=True) if value >= aim > 0]
+        reached, nearly = ([t for t, v in zip(grid, mean, strict=True) if v >= part * aim > 0] for part in (1, 0.95))
         found[name] = {
             "final hypervolume": float(mean[-1]),
             "standard error": float(np.std([run[-1] for run in runs], ddof=1) / math.sqrt(len(runs)))
             if len(runs) > 1
             else None,
             "seconds to the opponent's final": reached[0] if reached else None,
+            "seconds to 95 % of it": nearly[0] if nearly else None,
         }
     return found
 

@@ -5,10 +5,10 @@
 The opponent is an Optuna study whose objective trains HF peft with transformers' `Trainer`, one trial at a time, with
 dynamic padding, batches grouped by length, no logging and no checkpoints; the pretrained model is read once and copied
 for each trial. It runs with the model's own dropout, without, and, where the processor has bfloat16 products, with
-`bf16=True`. peftscape trains the very same designs on the very same examples with the same batch size and schedule,
-its trials as lanes of cohorts of 8, in float32 and in bfloat16. Both evaluate each trial on the same validation texts
-at its end. Two sets of designs: LoRA on all layers, and what the preset `unified` suggests and HF peft can express.
-Writes `results/vs_trainer.json`.
+`bf16=True`, both ways, and once in an order that is not grouped. peftscape trains the very same designs on the very
+same examples with the same batch size and schedule, its trials as lanes of cohorts of 8, in float32 and in bfloat16.
+Both evaluate each trial on the same validation texts at its end. Two sets of designs: LoRA on all layers, and what the
+preset `unified` suggests and HF peft can express. Writes `results/vs_trainer.json`.
 """
 
 from __future__ import annotations
@@ -79,10 +79,15 @@ def main() -> None:
         }
         if has_bfloat16():
             other["Trainer, bf16"] = theirs(session, base, designs, dropout=True, bf16=True)
+            other["Trainer, bf16, no dropout"] = theirs(session, base, designs, dropout=False, bf16=True)
+            other["Trainer, bf16, no dropout, any order"] = theirs(
+                session, base, designs, dropout=False, bf16=True, grouped=False
+            )
         row: dict[str, Any] = {"designs": name, "labels": [d.label for d in designs], **own, **other}
         for mine, fast in own.items():
             for side, slow in other.items():
                 row[f"{mine} to {side}"] = fast["trials_an_hour"] / slow["trials_an_hour"]
+                row[f"{mine} beyond {side}"] = paired(fast["scores"], slow["scores"])
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "labels"}, indent=2), flush=True)
     result = {
@@ -151,7 +156,9 @@ def ours(session: Session, designs: list[Design]) -> dict[str, Any]:
     return summary(len(designs), time.perf_counter() - started, scores)
 
 
-def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool, bf16: bool = False) -> dict[str, Any]:
+def theirs(
+    session: Session, base: Any, designs: list[Design], *, dropout: bool, bf16: bool = False, grouped: bool = True
+) -> dict[str, Any]:
     """An Optuna study over the same designs, each trained by `Trainer`."""
     started = time.perf_counter()
     study = optuna.create_study(direction="maximize")
@@ -160,13 +167,15 @@ def theirs(session: Session, base: Any, designs: list[Design], *, dropout: bool,
 
     def objective(trial: optuna.Trial) -> float:
         design = designs[trial.suggest_int("design", 0, len(designs) - 1)]
-        return trained(session, base, design, trial.number, dropout=dropout, bf16=bf16)
+        return trained(session, base, design, trial.number, dropout=dropout, bf16=bf16, grouped=grouped)
 
     study.optimize(objective, n_trials=len(designs))
     return summary(len(designs), time.perf_counter() - started, [float(t.value or 0) for t in study.trials])
 
 
-def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: bool, bf16: bool) -> float:
+def trained(
+    session: Session, base: Any, design: Design, seed: int, *, dropout: bool, bf16: bool, grouped: bool = True
+) -> float:
     """The validation score of one trial by peft and `Trainer`."""
     config = expressible(session, design)
     assert config is not None
@@ -189,8 +198,9 @@ def trained(session: Session, base: Any, design: Design, seed: int, *, dropout: 
                 weight_decay=training.weight_decay, warmup_steps=math.ceil(training.warmup * steps),
                 lr_scheduler_type="warmup_stable_decay",
                 lr_scheduler_kwargs={"num_decay_steps": math.ceil(training.decay * steps), "decay_type": "linear"},
-                max_grad_norm=training.clip, train_sampling_strategy="group_by_length", use_cpu=True, bf16=bf16,
-                seed=seed, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                max_grad_norm=training.clip, use_cpu=True, bf16=bf16,
+                train_sampling_strategy="group_by_length" if grouped else "random", seed=seed,
+                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
             train_dataset=rows_of(session.data.train, seen),
             eval_dataset=rows_of(session.data.validation, range(len(session.data.validation))),
@@ -220,7 +230,14 @@ def summary(trials: int, seconds: float, scores: list[float]) -> dict[str, Any]:
         "seconds": seconds,
         "mean_score": statistics.mean(scores),
         "standard_error": float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None,
+        "scores": scores,
     }
+
+
+def paired(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How much better the same designs scored: the mean difference and its standard error."""
+    apart = np.array(ours) - theirs
+    return {"mean": float(apart.mean()), "standard_error": float(apart.std(ddof=1) / len(apart) ** 0.5)}
 
 
 if __name__ == "__main__":
