@@ -80,7 +80,7 @@ def main() -> None:
         if has_bfloat16():
             other["Trainer, bf16"] = theirs(session, base, designs, dropout=True, bf16=True)
             other["Trainer, bf16, no dropout"] = theirs(session, base, designs, dropout=False, bf16=True)
-            other["Trainer, bf16, no dropout, any order"] = theirs(
+            other["Trainer, bf16, no dropout, random order"] = theirs(
                 session, base, designs, dropout=False, bf16=True, grouped=False
             )
         row: dict[str, Any] = {"designs": name, "labels": [d.label for d in designs], **own, **other}

@@ -138,7 +138,7 @@ class Adapter:
         """A lane with the adapter's tensors; what no file holds is made anew by the seed it was trained with."""
         seed = int(self.card.task.get("seed", 0))
         lane = new_lane(self.design, seed=seed, steps=1, backbone=self.backbone, head=self.head)
-        for key, value in {**lane.params, **lane.fixed}.items():
+        for key, value in lane.tensors.items():
             if key not in lane.passing:
                 value.copy_(self.tensors[key])
         return lane

@@ -74,7 +74,7 @@ def measure_alone(session: Session, record: Record, adapter: Path) -> dict[str, 
     typical = session.tokens + (session.target or 0)
     try:
         batch = np.argsort(np.abs(session.data.train.lengths - typical), kind="stable")[: cohort.batch_size]
-        own = [*session.backbone.model.parameters(), *session.backbone.model.buffers(), *_held(lane)]
+        own = [*session.backbone.model.parameters(), *session.backbone.model.buffers(), *lane.tensors.values()]
         peak = peak_of(lambda: cohort.gradients([batch]), session.backbone.device, own)
         lane.update()
         taken = [_timed(cohort, lane, batch) for _ in range(TIMED_STEPS)]
@@ -90,10 +90,6 @@ def measure_alone(session: Session, record: Record, adapter: Path) -> dict[str, 
         "batch": len(batch),
         "device": str(session.backbone.device),
     }
-
-
-def _held(lane: Lane) -> list[torch.Tensor]:
-    return [*lane.params.values(), *lane.fixed.values()]
 
 
 def _timed(cohort: Cohort, lane: Lane, batch: np.ndarray[Any, Any]) -> float:

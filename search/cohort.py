@@ -106,7 +106,9 @@ class Cohort:
     def _step(self) -> list[float]:
         started = time.perf_counter()
         examples = [lane.examples(self.batch_size, len(self.train.ids)) for lane in self.lanes]
-        values = update(self.lanes, self.gradients(examples))
+        whole = self.passes * self.cuts == 1
+        captured = self.graphs.gradients(self, examples) if self.graphs is not None and whole else None
+        values = update(self.lanes, self.gradients(examples) if captured is None else captured)
         share = (time.perf_counter() - started) / len(self.lanes)
         for lane in self.lanes:
             lane.wall_s += share
@@ -114,9 +116,7 @@ class Cohort:
 
     def gradients(self, examples: Sequence[np.ndarray[Any, Any]]) -> Tensor:
         """Add the gradients of a step on these examples to the lanes' tensors, in `passes`; the losses of the lanes."""
-        passes = self.passes * self.cuts
-        captured = self.graphs.gradients(self, examples) if self.graphs is not None and passes == 1 else None
-        return gradients(self, examples, passes) if captured is None else captured
+        return gradients(self, examples, self.passes * self.cuts)
 
     def parts(self, examples: Sequence[np.ndarray[Any, Any]]) -> Iterator[Tensor]:
         """The sum of all lanes' losses, pass by pass, each with its graph."""
@@ -169,12 +169,11 @@ class Cohort:
     def laid_out(
         self, examples: Sequence[np.ndarray[Any, Any]], split: EncodedSplit, *, fixed_shape: bool = False
     ) -> Laid:
-        """What a pass on these examples reads, on the device; in the shape of its class with the targets."""
-        batch, targets, device = self.packed(examples, split), None, self.backbone.device
+        """What a pass on these examples reads, on the device; in the shape of its class with the training targets."""
+        batch, targets = self.packed(examples, split), None
         if fixed_shape:
-            batch = fixed(batch)
-            targets = None if split.scored is not None else on_device(split.targets[np.stack(examples)], device)
-        batch = batch.to(device)
+            batch, targets = fixed(batch), None if split.scored is not None else self.targets(examples)
+        batch = batch.to(self.backbone.device)
         if self.cache is None:
             return Laid(batch, targets=targets)
         start = min(map(self.cache.start, self.lanes))

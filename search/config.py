@@ -111,7 +111,7 @@ class SearchSettings:
         gradient_accumulation_steps: passes in which a lane's `batch_size` examples run, one after the other. The
             update is that of one pass, in less memory.
         gradient_checkpointing: whether layers keep their input alone, and run again in the backward.
-        cuda_graphs: whether steps of lanes and lengths that come back are captured and replayed.
+        cuda_graphs: whether steps of lanes and lengths that come back are captured and replayed; on CUDA alone.
         seeds: lanes of a trial.
         retest_seeds: further seeds of the designs that could be on the front.
         further_seeds: seeds beyond these, for all designs together; one by one to where a place on the front is open.

@@ -159,7 +159,7 @@ class Past:
         ids, positions = laid(tokens), laid(self.positions[live] + self.steps)
         last = torch.arange(ids.numel(), device=device).view(lanes, -1)
         made = Following(
-            ids=ids, positions=positions, types=None, first=last, last=last, tokens=flat, slots=flat,
+            ids=ids, positions=positions, types=None, first=last, last=last, tokens=flat,
             classes=(LengthClass(max(longest), live, lane, valid),), prompts=(None,) * lanes, lanes=lanes,
             context=laid(context.cpu().numpy()[live]), past=self, texts=self.texts,
             number=laid(live % self.texts, NONE), place=laid(place), since=int(place.min()), longest=longest,

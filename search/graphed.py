@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftscape.search.lane import generator
 from peftscape.search.losses import gradients
-from peftscape.search.slots import Slots, held
+from peftscape.search.slots import Slots
 from peftscape.spaces.methods.base import Method
 from peftscape.spaces.ops.device import Constants, remembered
 
@@ -174,7 +174,7 @@ def _layout(cohort: Cohort) -> Hashable:
         ]) for stage in cohort.forward.stages
     ]  # fmt: skip
     lanes = [
-        ([(key, value.shape, value.dtype) for key, value in zip([*lane.params, *lane.fixed], held(lane), strict=True)],
+        ([(key, value.shape, value.dtype) for key, value in lane.tensors.items()],
          [p for p in lane.design.placements if type(p.method).penalty is not Method.penalty or p.expands])
         for lane in cohort.lanes
     ]  # fmt: skip

@@ -85,8 +85,8 @@ class Head:
         """
         lanes, examples = batch.lanes, batch.examples
         if self.model is None:
-            tokens, rows = batch.text
-            sums = states.new_zeros(lanes * examples + 1, states.shape[1]).index_add_(0, rows, states[tokens])
+            # The last sum is of what is in no text.
+            sums = states.new_zeros(lanes * examples + 1, states.shape[1]).index_add_(0, batch.text_rows, states)
             lengths = (batch.last - batch.first + 1).view(-1, 1)
             means = (sums[:-1] / lengths).view(lanes, examples, -1)
             return torch.baddbmm(params["bias"].unsqueeze(1), means, params["weight"].mT)

@@ -6,8 +6,6 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from peftscape.search.fixed import Fixed
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,11 +31,8 @@ class Laid:
 
     @property
     def shape(self) -> Hashable:
-        """All that is no value of a tensor."""
-        batch = self.batch
-        shapes = tuple((t.shape, t.dtype) for t in self._tensors)
-        lengths = tuple(0 if p is None else p.shape[1] for p in batch.prompts)
-        return self.start, tuple(self.given), self.cached, shapes, lengths, batch.longest
+        """What may differ, for the same lanes and a batch of `fixed`, besides the tensors' values."""
+        return self.start, tuple(self.given), tuple(tensor.shape for tensor in self._tensors)
 
     def anew(self) -> Laid:
         """The same tensors, with nothing found out about them yet."""
@@ -50,5 +45,9 @@ class Laid:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        assert isinstance(self.batch, Fixed)
-        return (*self.batch.inputs, *self.given.values(), *([] if self.targets is None else [self.targets]))
+        batch = self.batch
+        found = [
+            batch.ids, batch.positions, batch.types, batch.first, batch.last, batch.classes[0].valid, batch.scored,
+            batch.scored_rows, batch.context, *batch.prompts, *self.given.values(), self.targets,
+        ]  # fmt: skip
+        return tuple(tensor for tensor in found if tensor is not None)

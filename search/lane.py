@@ -78,6 +78,11 @@ class Lane:
         """Whether nothing is left to train."""
         return self.step >= self.steps or self.failure is not None
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, trained and fixed."""
+        return {**self.params, **self.fixed}
+
     def rate(self, step: int | None = None) -> float:
         """The learning rate of a step: rising over the warm-up, constant, falling to zero in the last part."""
         t, training = self.step if step is None else step, self.design.training
@@ -151,8 +156,7 @@ class Lane:
 
     def adapter(self) -> dict[str, Tensor]:
         """The tensors to keep, head included, detached."""
-        held = {**self.fixed, **self.params}
-        return {key: value.detach().clone() for key, value in held.items() if key not in self.passing}
+        return {key: value.detach().clone() for key, value in self.tensors.items() if key not in self.passing}
 
 
 def new_lane(
@@ -194,7 +198,7 @@ def _hold(
 ) -> Own:  # fmt: skip
     """The tensors of one site, made unless another site that shares them has made them."""
     keys = {name: f"{number}/{tensor_key(site, name, tensor)}" for name, tensor in declared.items()}
-    held = {**lane.params, **lane.fixed}
+    held = lane.tensors
     frozen = backbone.frozen(site) if placement.method.needs_weight else {}
     own_start: Own = {}
     if any(d.init == "own" and keys[name] not in held for name, d in declared.items()):
@@ -218,7 +222,7 @@ def _hold(
             lane.passing.add(key)
         if tensor.trains:
             rates.setdefault(tensor.rate, []).append(value.requires_grad_())
-    held = {**lane.params, **lane.fixed}
+    held = lane.tensors
     weights = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
     return weights | {name: held[key] for name, key in keys.items()}
 

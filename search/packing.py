@@ -67,7 +67,6 @@ class Batch:
     first: Tensor
     last: Tensor
     tokens: Tensor
-    slots: Tensor
     classes: tuple[LengthClass, ...]
     prompts: tuple[Tensor | None, ...]  # for each lane, examples x prompt length: flat numbers
     lanes: int
@@ -101,11 +100,6 @@ class Batch:
         rows = np.arange(self.lanes * self.examples)
         return LengthClass(self.ids.shape[1], rows, rows // self.examples, self.mask > 0)
 
-    @cached_property
-    def row_slots(self) -> int:
-        """Places in the padded rows of attention."""
-        return sum(len(c.rows) * c.length for c in self.classes)
-
     def places(self, heads: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Where heads of tokens lie in the padded rows of attention: rows x heads x length, class after class.
 
@@ -116,9 +110,10 @@ class Batch:
         if heads not in self._places:
             device, total = self.first.device, self.ids.numel()
             parts, head = [], torch.arange(heads, device=device)[:, None]
-            sizes = [c.valid.numel() for c in self.classes]
-            for c, own in zip(self.classes, torch.split(self.placed(), sizes), strict=True):
-                number = own.view(len(c.rows), 1, c.length) * heads + head
+            begin = self.first.reshape(-1) - self.ahead
+            for c in self.classes:
+                token = begin[on_device(c.rows, device)][:, None] + torch.arange(c.length, device=device)
+                number = token.where(c.valid, total).view(len(c.rows), 1, c.length) * heads + head
                 parts.append(number.clamp(max=total * heads).reshape(-1))
             every = torch.cat(parts)
             back = torch.full((total * heads + 1,), len(every), device=device)
@@ -126,42 +121,32 @@ class Batch:
             self._places[heads] = tuple(parts), back[:-1]
         return self._places[heads]
 
-    def placed(self) -> Tensor:
-        """The flat token in each place of the padded rows of attention; one behind the last where there is none."""
-        empty = torch.full((self.row_slots,), self.ids.numel(), device=self.tokens.device)
-        return empty.index_copy_(0, self.slots, self.tokens)
-
     @cached_property
     def _places(self) -> dict[int, tuple[tuple[Tensor, ...], Tensor]]:
         return {}
 
     @cached_property
-    def text(self) -> tuple[Tensor, Tensor]:
-        """Flat numbers of text tokens, and the row (lane * examples + example) of each."""
-        first, last = self.first.reshape(-1), self.last.reshape(-1)
-        lengths = last - first + 1
-        count = len(self.tokens) - sum(p.numel() for p in self.prompts if p is not None)
-        rows = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths, output_size=count)
-        starts = torch.cumsum(lengths, 0) - lengths
-        return first[rows] + torch.arange(len(rows), device=first.device) - starts[rows], rows
+    def text_rows(self) -> Tensor:
+        """Of each token the row (lane * examples + example) whose text it is of; of all others the number of rows."""
+        row, place = self.layout.row, self.layout.place
+        inside = (row < self.examples) & (place >= self.ahead.view(self.lanes, -1)[:, :1])
+        lane = torch.arange(self.lanes, device=row.device)[:, None]
+        return (lane * self.examples + row).where(inside, self.lanes * self.examples).reshape(-1)
 
     @cached_property
     def layout(self) -> Text:
         """Where each token stands in its text, virtual tokens included."""
-        lengths = (self.last - self.first + 1).reshape(-1) + self.ahead
-        each = torch.arange(len(lengths), device=lengths.device)
-        rows = torch.repeat_interleave(each, lengths, output_size=len(self.tokens))
-        starts = torch.cumsum(lengths, 0) - lengths
-        size, count = self.ids.numel(), self.examples
-        row = torch.full((size,), count, device=rows.device).index_copy_(0, self.tokens, rows % count)
-        own = torch.arange(len(rows), device=rows.device) - starts[rows]
-        place = torch.zeros_like(row).index_copy_(0, self.tokens, own)
-        length = torch.zeros_like(row).index_copy_(0, self.tokens, lengths[rows])
-        row, place, length = (t.view(self.lanes, -1) for t in (row, place, length))
-        if self.context is None:
-            return Text(row, place, length, count, known=self.longest)
-        context = torch.zeros_like(row).view(-1).index_copy_(0, self.tokens, self.context[rows])
-        return Text(row, place, length, count, context.view(self.lanes, -1), known=self.longest)
+        count, device = self.examples, self.first.device
+        place = torch.arange(self.ids.numel() // self.lanes, device=device).repeat(self.lanes, 1)
+        ahead = self.ahead.view(self.lanes, -1)
+        begin = self.first - ahead - torch.arange(self.lanes, device=device)[:, None] * place.shape[1]
+        row = torch.searchsorted(begin, place, right=True) - 1  # a lane's texts lie in their order
+        place, length = place - begin.gather(1, row), (self.last - self.first + 1 + ahead).gather(1, row)
+        inside, context = place < length, None
+        if self.context is not None:
+            context = self.context.view(self.lanes, -1).gather(1, row).where(inside, 0)
+        row, place, length = row.where(inside, count), place.where(inside, 0), length.where(inside, 0)
+        return Text(row, place, length, count, context, known=self.longest)
 
     @cached_property
     def ahead(self) -> Tensor:
@@ -246,7 +231,6 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         most = max(len(split.targets[i]) for batch in batches for i in batch.examples)
         words = laid_out(firsts, flat[is_text], row_of[is_text], most)
 
-    classes, slots = _length_classes(lengths, row_lane, row_of, place)
     return Batch(
         ids=torch.from_numpy(ids_flat).view(shape),
         positions=torch.from_numpy(positions + sites.position_offset).view(shape),
@@ -254,8 +238,7 @@ def pack(batches: Sequence[LaneBatch], split: EncodedSplit, sites: SiteMap, *, p
         first=torch.from_numpy(starts + prompt).view(lanes, examples),
         last=torch.from_numpy(starts + lengths - 1).view(lanes, examples),
         tokens=torch.from_numpy(flat),
-        slots=torch.from_numpy(slots),
-        classes=classes,
+        classes=_length_classes(lengths, row_lane),
         prompts=tuple(
             torch.from_numpy(starts[row_lane == g][:, None] + np.arange(b.prompt)) if b.prompt else None
             for g, b in enumerate(batches)
@@ -279,24 +262,19 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Batch | Words) else value
 
 
-def _length_classes(
-    lengths: np.ndarray[Any, Any],
-    lane: np.ndarray[Any, Any],
-    row_of: np.ndarray[Any, Any],
-    place: np.ndarray[Any, Any],
-) -> tuple[tuple[LengthClass, ...], np.ndarray[Any, Any]]:
-    last = LENGTH_CLASSES[-1]
-    bounds = np.array(LENGTH_CLASSES)
-    padded_to = np.where(
-        lengths > last, -(-lengths // last) * last, bounds[np.searchsorted(bounds, np.minimum(lengths, last))]
-    )
-    classes, start_of_row, offset = [], np.zeros(len(lengths), dtype=np.int64), 0
+def padded_lengths(lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The length class of each text."""
+    last, bounds = LENGTH_CLASSES[-1], np.array(LENGTH_CLASSES)
+    short = bounds[np.searchsorted(bounds, np.minimum(lengths, last))]
+    return np.where(lengths > last, -(-lengths // last) * last, short)
+
+
+def _length_classes(lengths: np.ndarray[Any, Any], lane: np.ndarray[Any, Any]) -> tuple[LengthClass, ...]:
+    padded_to, classes = padded_lengths(lengths), []
     for length in np.unique(padded_to):
         rows = np.flatnonzero(padded_to == length)
         # Padding goes to the longest row that is really there: the class only says who lies together.
         longest = int(lengths[rows].max())
         valid = torch.from_numpy(np.arange(longest) < lengths[rows][:, None])
         classes.append(LengthClass(longest, rows, lane[rows], valid))
-        start_of_row[rows] = offset + np.arange(len(rows)) * longest
-        offset += len(rows) * longest
-    return tuple(classes), start_of_row[row_of] + place
+    return tuple(classes)

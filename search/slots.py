@@ -25,7 +25,7 @@ class Slots:
 
     @classmethod
     def of(cls, lanes: Sequence[Lane], stages: Sequence[Stage]) -> Slots:
-        tensors = [[torch.empty_like(value, requires_grad=False) for value in held(lane)] for lane in lanes]
+        tensors = [[torch.empty_like(value, requires_grad=False) for value in lane.tensors.values()] for lane in lanes]
         numbers = [torch.empty_like(value) for row in _numbers(stages) for value in row.values()]
         return cls(tensors, numbers, list(map(weakref.ref, lanes)))
 
@@ -35,11 +35,11 @@ class Slots:
         for i, (lane, slots) in enumerate(zip(lanes, self.tensors, strict=True)):
             before = self.taken[i]()
             if before is not lane and before is not None:
-                for value, slot in zip(held(before), slots, strict=True):
+                for value, slot in zip(before.tensors.values(), slots, strict=True):
                     if value.data_ptr() == slot.data_ptr():
                         value.data = slot.clone()
             self.taken[i] = weakref.ref(lane)
-            for value, slot in zip(held(lane), slots, strict=True):
+            for value, slot in zip(lane.tensors.values(), slots, strict=True):
                 if value.data_ptr() != slot.data_ptr():
                     slot.copy_(value)
                     value.data = slot
@@ -49,11 +49,6 @@ class Slots:
                 slot = next(own)
                 if value is not slot:
                     numbers[name] = slot.copy_(value)
-
-
-def held(lane: Lane) -> list[Tensor]:
-    """All tensors of a lane, in an order that lanes of one layout share."""
-    return [*lane.params.values(), *lane.fixed.values()]
 
 
 def _numbers(stages: Sequence[Stage]) -> list[dict[str, Tensor]]:

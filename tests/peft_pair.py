@@ -138,7 +138,7 @@ class Pair:
         cohort.admit(self.lane)
         logits = cohort.logits([np.arange(len(self.split.ids))], self.split)[0]
         cohort.close()
-        return self.head.states[self.head.batch.text[0]], logits
+        return self.head.states[self.head.batch.text_rows < len(self.split.ids)], logits
 
     def check_outputs(self) -> None:
         """Runs both, compares, and leaves gradients of one scalar on both sides."""

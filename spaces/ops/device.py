@@ -21,22 +21,23 @@ class Constants:
     Args:
         kept: by their dtype, shape, bytes and device.
         held: what else is to stay.
-        complete: whether all are there; what is not was to be captured on its way from the processor, and is an error.
     """
 
     kept: dict[Any, Tensor] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
-    complete: bool = False
 
 
-_REMEMBERED: ContextVar[Constants | None] = ContextVar("remembered", default=None)
+_REMEMBERED: ContextVar[tuple[Constants, bool] | None] = ContextVar("remembered", default=None)
 
 
 @contextmanager
 def remembered(constants: Constants, *, complete: bool = False) -> Iterator[None]:
-    """Within, numbers that were brought to the device before are not brought again."""
-    constants.complete = complete
-    token = _REMEMBERED.set(constants)
+    """Within, numbers that were brought to the device before are not brought again.
+
+    Args:
+        complete: whether all are there; what is not was to be captured on its way from the processor, and is an error.
+    """
+    token = _REMEMBERED.set((constants, complete))
     try:
         yield
     finally:
@@ -48,12 +49,13 @@ def on_device(value: Tensor | np.ndarray[Any, Any] | Sequence[int], device: torc
     import torch
 
     made = torch.as_tensor(value)
-    constants = _REMEMBERED.get()
-    if constants is None or made.device.type != "cpu":
+    remembering = _REMEMBERED.get()
+    if remembering is None or made.device.type != "cpu":
         return _moved(made, device)
+    constants, complete = remembering
     key = made.dtype, made.shape, made.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), device
     if key not in constants.kept:
-        if constants.complete:
+        if complete:
             raise RuntimeError(f"numbers of shape {tuple(made.shape)} come from the processor within a captured step")
         constants.kept[key] = _moved(made, device)
     return constants.kept[key]
@@ -61,9 +63,9 @@ def on_device(value: Tensor | np.ndarray[Any, Any] | Sequence[int], device: torc
 
 def keep(tensors: Iterable[Tensor]) -> None:
     """Let a captured step that reads these hold them."""
-    constants = _REMEMBERED.get()
-    if constants is not None:
-        constants.held.extend(tensors)
+    remembering = _REMEMBERED.get()
+    if remembering is not None:
+        remembering[0].held.extend(tensors)
 
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from contract import (
     split,
     train,
 )  # fmt: skip
+from recorder import WAITING
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,8 +35,6 @@ from peftscape.search.lane import new_lane
 from peftscape.spaces.design import Design
 from peftscape.spaces.ops.device import Constants, remembered
 
-#: What cannot go on before the device has answered.
-WAITING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select", "aten.unique")
 #: Gates and side networks look at whole texts, prefixes at their rows.
 PLACEMENTS: list[list[dict[str, Any]]] = [
     [{"method": "lora", "rank": 3, "gate": True}, {"method": "prefix_tuning", "length": 3, "gate": True}],
@@ -112,6 +111,7 @@ def test_forward_and_backward_of_every_method_ask_for_nothing_and_bring_nothing(
         examples, constants = [own.examples(BATCH, len(split()))], Constants()
         laid = shared.laid_out(examples, split(), fixed_shape=True)
         try:
+            shared.gradients(examples)
             with remembered(constants), shared.given(laid):
                 shared.gradients(examples)
             assert any(value.grad is not None for value in own.params.values()), name

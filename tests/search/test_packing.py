@@ -71,12 +71,12 @@ def test_positions_count_from_the_shift_and_prompts_lie_before(padded: bool, sit
 
 
 @both
-def test_real_tokens_are_counted_once_and_each_has_a_slot_of_its_own(padded: bool) -> None:
+def test_real_tokens_are_counted_once_and_each_has_a_place_of_its_own(padded: bool) -> None:
     batch = packed(padded)
     real = sum(LENGTHS[e] + row.prompt for row in LANES for e in row.examples)
     assert len(batch.tokens) == len(set(batch.tokens.tolist())) == real
-    assert len(batch.slots) == len(set(batch.slots.tolist())) == real
-    assert max(batch.slots.tolist()) < batch.row_slots
+    places = torch.cat(batch.places(1)[0])
+    assert sorted(places[places < batch.ids.numel()].tolist()) == sorted(batch.tokens.tolist())
     if batch.mask is not None:
         assert batch.mask.flatten().nonzero().flatten().tolist() == sorted(batch.tokens.tolist())
         assert batch.ids.shape[0] == batch.lanes * batch.examples
@@ -97,14 +97,14 @@ def test_heads_lie_in_rows_by_class_row_head_and_place() -> None:
     parts, back = batch.places(heads)
     assert [len(p) for p in parts] == [len(c.rows) * heads * c.length for c in batch.classes]
     there = torch.cat(parts)
-    token = {int(slot): int(t) for slot, t in zip(batch.slots, batch.tokens, strict=True)}
-    nothing, wanted, slot = batch.ids.numel() * heads, [], 0
+    nothing, wanted = batch.ids.numel() * heads, []
     for of in batch.classes:
-        for _ in of.rows:
+        for row in of.rows.tolist():
+            lane, i = divmod(row, 3)
+            first, end = int(batch.first[lane, i]) - LANES[lane].prompt, int(batch.last[lane, i]) + 1
             for head in range(heads):
-                mine = [token.get(slot + i) for i in range(of.length)]
+                mine = [t if t < end else None for t in range(first, first + of.length)]
                 wanted += [nothing if t is None else t * heads + head for t in mine]
-            slot += of.length
     assert there.tolist() == wanted
     gaps = set(range(nothing)) - set(wanted)
     assert [wanted[i] for i in back.tolist() if i < len(wanted)] == [i for i in range(nothing) if i not in gaps]
@@ -114,12 +114,9 @@ def test_heads_lie_in_rows_by_class_row_head_and_place() -> None:
 def test_attention_rows_hold_one_example_each_in_classes_of_like_length() -> None:
     batch = packed(False)
     flat = batch.ids.flatten()
-    slots = torch.full((batch.row_slots,), -1)
-    slots[batch.slots] = batch.tokens
-    at, seen = 0, []
-    for of in batch.classes:
-        here = slots[at : at + len(of.rows) * of.length].view(len(of.rows), of.length)
-        at += len(of.rows) * of.length
+    seen = []
+    for of, places in zip(batch.classes, batch.places(1)[0], strict=True):
+        here = places.where(places < batch.ids.numel(), -1).view(len(of.rows), of.length)
         assert torch.equal(of.valid, here >= 0)
         lengths = of.valid.sum(1)
         assert int(lengths.max()) == of.length, "padded to the longest row that is there"
@@ -131,7 +128,6 @@ def test_attention_rows_hold_one_example_each_in_classes_of_like_length() -> Non
             assert flat[tokens[LANES[lane].prompt :]].tolist() == split().ids[example].tolist()
             assert int(tokens[-1]) == int(batch.last[lane, i])
             seen.append(int(number))
-    assert at == batch.row_slots
     assert sorted(seen) == list(range(12))
     for of in batch.classes:  # no row is padded to more than twice its length
         assert int(of.valid.sum(1).min()) > of.length / 2 or of.length <= 16
@@ -159,10 +155,11 @@ def test_token_types_go_with_their_tokens(padded: bool) -> None:
 
 def test_text_tokens_and_their_rows() -> None:
     batch, data = packed(False), split()
-    tokens, rows = batch.text
+    rows, ids = batch.text_rows, batch.ids.flatten()
     texts = [data.ids[e] for row in LANES for e in row.examples]
-    assert batch.ids.flatten()[tokens].tolist() == np.concatenate(texts).tolist()
-    assert rows.tolist() == np.repeat(np.arange(12), [len(t) for t in texts]).tolist()
+    for i, text in enumerate(texts):
+        assert ids[rows == i].tolist() == text.tolist()
+    assert set(rows.tolist()) == set(range(13))
 
 
 @both
