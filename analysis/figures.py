@@ -10,7 +10,7 @@ from typing import Any
 from peftscape.analysis import units
 from peftscape.analysis.front import Objective, front
 from peftscape.analysis.measures import Imported, measured
-from peftscape.analysis.noise import retest_interval, validation_interval
+from peftscape.analysis.noise import is_share, retest_interval, validation_interval
 from peftscape.analysis.picks import Pick
 from peftscape.analysis.states import last_score, state_of
 from peftscape.analysis.study import Study
@@ -216,6 +216,8 @@ def _range(members: Sequence[Record], placed: Sequence[Record]) -> list[float] |
     for record in members:
         for interval in (validation_interval(record), retest_interval(record)):
             ends += [v for v in (interval.low, interval.high) if math.isfinite(v)] if interval else []
+    if all(map(is_share, members)):  # a t-interval of few seeds may be wider than all that can be
+        ends = [min(max(v, 0.0), 1.0) for v in ends]
     ordered = sorted(map(last_score, placed))
     cut = len(ordered) // 20
     low, high = min(*ends, ordered[cut]), max(*ends, ordered[-1 - cut])

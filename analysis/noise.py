@@ -115,6 +115,12 @@ def validation_error(record: Record) -> float:
     return math.hypot(0.0 if math.isnan(sampling) else sampling, training)
 
 
+def is_share(record: Record) -> bool:
+    """Whether a record's score is a share of examples: between 0 and 1, as all others of its metric are."""
+    known = not math.isnan(standard_error(record.metric, record.validation, record.n_validation))
+    return known and record.metric not in _CORRELATIONS
+
+
 def retest_interval(record: Record, level: float = 0.95) -> Interval | None:
     """The t-interval of the test scores of a record's retests; None where there are none."""
     scores = [score.test for score in record.retests if score.test is not None]
@@ -130,7 +136,7 @@ def validation_interval(record: Record, level: float = 0.95) -> Interval | None:
     error = standard_error(record.metric, value, n)
     if math.isnan(error):
         return None
-    if 0 <= value <= 1 and record.metric not in ("matthews", "pearson", "spearman"):
+    if is_share(record):
         return proportion_interval(value, n, level)
     return Interval(value, value - 1.96 * error, value + 1.96 * error, n)
 

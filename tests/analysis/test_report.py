@@ -121,6 +121,19 @@ def test_a_figure_of_zero_cost_has_a_place_for_it() -> None:
     assert all(math.isfinite(math.log10(x)) for x in points)
 
 
+@pytest.mark.parametrize(("metric", "stretched"), [("accuracy", False), ("matthews", True)])
+def test_an_interval_of_two_seeds_does_not_stretch_an_axis_of_shares(metric: str, stretched: bool) -> None:
+    """The t-interval of 0.3 and 0.8 is 0.55 +- 3.2; a share ends at 0 and 1, and for a correlation all is shown."""
+    retests = tuple(Score(seed=i, validation=0.8, test=test) for i, test in enumerate((0.3, 0.8), start=1))
+    made = [synthetic.record(i, 0.8 + i / 50, 1000 * (i + 1), metric=metric, retests=retests) for i in range(2)]
+    axes = synthetic.study(8).objectives
+    study = Study(
+        name="s", source="runs/s", records=tuple(made), objectives=(dataclasses.replace(axes[0], name=metric), axes[1])
+    )
+    low, high = front_figure(study, units.SHOWN[0])["layout"]["yaxis"]["range"]
+    assert (low < -2 and high > 3) if stretched else (-0.1 <= low < 0.3 and 0.8 < high <= 1.1)
+
+
 def test_the_front_is_formed_for_each_cost() -> None:
     study = synthetic.study(60)
     costly = [
